@@ -1,0 +1,109 @@
+"""Shapes of the policy: one frozen dataclass, and presets by name."""
+
+import dataclasses
+import difflib
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ModelConfig:
+    """Shape of a Qwen2-style decoder (Qwen2 technical report, arXiv 2407.10671).
+
+    Attributes:
+        vocab: V, rows of the embedding (at least the tokenizer's size).
+        layers: L.
+        width: D.
+        query_heads: H.
+        kv_heads: K; divides H (grouped-query attention, arXiv 2305.13245).
+        head_size: A; even, since RoPE turns pairs.
+        mlp_width: F of the SwiGLU MLP.
+        rope_theta: base of the rotary frequencies.
+        norm_eps: epsilon of RMSNorm.
+        tied: whether the output head is the embedding.
+        max_position: longest sequence that the weights were trained for; carried to exports.
+    """
+
+    vocab: int
+    layers: int
+    width: int
+    query_heads: int
+    kv_heads: int
+    head_size: int
+    mlp_width: int
+    rope_theta: float = 1e6
+    norm_eps: float = 1e-6
+    tied: bool = False
+    max_position: int = 32_768
+
+    def __post_init__(self) -> None:
+        """Refuse shapes that cannot be built."""
+        for field in (
+            "vocab",
+            "layers",
+            "width",
+            "query_heads",
+            "kv_heads",
+            "head_size",
+            "mlp_width",
+        ):
+            if getattr(self, field) < 1:
+                raise ValueError(f"model {field} is {getattr(self, field)}; it must be at least 1")
+        if self.query_heads % self.kv_heads:
+            raise ValueError(
+                f"{self.query_heads} query heads cannot share {self.kv_heads} key-value heads"
+                " evenly"
+            )
+        if self.head_size % 2:
+            raise ValueError(f"head_size is {self.head_size}; rotary embedding needs an even one")
+
+
+def _qwen25(
+    layers: int, width: int, heads: tuple[int, int], mlp: int, **more: object
+) -> ModelConfig:
+    query_heads, kv_heads = heads
+    head_size = 64 if width == 896 else 128
+    return ModelConfig(
+        layers=layers,
+        width=width,
+        query_heads=query_heads,
+        kv_heads=kv_heads,
+        head_size=head_size,
+        mlp_width=mlp,
+        **{"vocab": 152_064, "norm_eps": 1e-6, **more},
+    )
+
+
+# Figures of the published config.json files (Qwen2.5 technical report, arXiv 2412.15115, table 1).
+PRESETS: dict[str, ModelConfig] = {
+    "nano": ModelConfig(
+        vocab=2048,
+        layers=4,
+        width=128,
+        query_heads=4,
+        kv_heads=2,
+        head_size=32,
+        mlp_width=384,
+        rope_theta=1e6,
+        tied=True,
+        max_position=4096,
+    ),
+    "qwen2.5-0.5b": _qwen25(24, 896, (14, 2), 4864, vocab=151_936, tied=True),
+    "qwen2.5-1.5b": _qwen25(28, 1536, (12, 2), 8960, vocab=151_936, tied=True),
+    "qwen2.5-3b": _qwen25(36, 2048, (16, 2), 11_008, vocab=151_936, tied=True),
+    "qwen2.5-7b": _qwen25(28, 3584, (28, 4), 18_944),
+    "qwen2.5-14b": _qwen25(48, 5120, (40, 8), 13_824),
+    "qwen2.5-32b": _qwen25(64, 5120, (40, 8), 27_648),
+}
+
+
+def preset(name: str, **overrides: object) -> ModelConfig:
+    """Return the preset `name` with some fields replaced.
+
+    Raises:
+        ValueError: no such preset (the message names the nearest) or no such field.
+    """
+    if name not in PRESETS:
+        near = difflib.get_close_matches(name, PRESETS, n=1, cutoff=0.0)[0]
+        raise ValueError(
+            f"no model preset {name!r}; did you mean {near!r}? There are {sorted(PRESETS)}"
+        )
+    return dataclasses.replace(PRESETS[name], **overrides)

@@ -1,0 +1,110 @@
+"""Where a policy is: what a name means, which checkpoint of a run, and its parameters."""
+
+import json
+import os
+import re
+from pathlib import Path
+from typing import Any
+
+import jax
+from flax import nnx
+from jax.sharding import Mesh, SingleDeviceSharding
+
+from r1re_jax import sharding
+from r1re_jax.model.qwen import Qwen
+
+BASE = "base:"
+# Parts of a work directory: all of the policy but its weights, and the weights.
+WORDS, CHECKPOINTS = "policy", "checkpoints"
+HUB_FILES = ["*.json", "*.safetensors", "*.jinja"]
+
+
+class PolicyError(ValueError):
+    """A policy that cannot be found, read or asked what it was asked."""
+
+
+def find(source: str | os.PathLike) -> Path:
+    """Return the folder that a source (of `load_policy`) means.
+
+    Raises:
+        PolicyError: there is none; the message says what was looked for.
+    """
+    name, folder = os.fspath(source), Path(source)
+    if name.startswith(BASE):
+        folder = Path(__file__).parent / "base" / name.removeprefix(BASE)
+        if folder.is_dir():
+            return folder
+        there = sorted(path.name for path in folder.parent.glob("*") if path.is_dir())
+        raise PolicyError(f"no base policy {name!r}; there are {[BASE + each for each in there]}")
+    if folder.is_dir():
+        return folder
+    if folder.exists():
+        raise PolicyError(
+            f"{folder} is a file; expected a folder: Hugging Face's with safetensors, or a run's"
+        )
+    looked = f"no policy {name!r}: no folder {folder.absolute()}, and no {BASE}NAME"
+    if not re.fullmatch(r"[\w.-]+/[\w.-]+", name) or name.startswith("."):
+        raise PolicyError(looked)
+    try:
+        from huggingface_hub import snapshot_download
+
+        return Path(snapshot_download(name, allow_patterns=HUB_FILES))
+    except Exception as error:  # whatever failed there: offline, no such name, no access
+        raise PolicyError(f"{looked}, and the hub has not given it: {error}") from error
+
+
+def choose_step(workdir: Path, step: int | None) -> int:
+    """Return the step to load: the one asked for, else the best, else the newest.
+
+    The newest checkpoint says how all steps scored.
+    """
+    found = (workdir / CHECKPOINTS).glob("*")
+    steps = sorted(int(path.name) for path in found if path.name.isdigit())
+    if not steps:
+        raise PolicyError(f"{workdir} has no checkpoint yet in {CHECKPOINTS}/")
+    if step is not None and step not in steps:
+        raise PolicyError(f"{workdir} has no checkpoint of step {step}; there are {steps}")
+    if step is not None:
+        return step
+    meta = read_json(workdir / CHECKPOINTS / str(steps[-1]) / "meta" / "metadata")
+    scores = meta.get("scores", {})
+    scored = [step for step in steps if str(step) in scores]
+    return max(scored, key=lambda step: (scores[str(step)], -step), default=steps[-1])
+
+
+def restore(model: Qwen, folder: Path, *, mesh: Mesh | None = None) -> Qwen:
+    """Fill an abstract model from a checkpoint's `params`: dotted name -> array."""
+    import orbax.checkpoint as ocp
+
+    graph, state = nnx.split(model)
+    flat = {".".join(map(str, path)): (path, leaf) for path, leaf in nnx.to_flat_state(state)}
+    places = dict.fromkeys(flat, SingleDeviceSharding(jax.devices()[0]))
+    if mesh is not None:
+        spread = nnx.to_flat_state(sharding.parameter_shardings(state, mesh))
+        places = {".".join(map(str, path)): leaf.get_value() for path, leaf in spread}
+    target = {
+        name: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=places[name])
+        for name, (_, leaf) in flat.items()
+    }
+    try:
+        with ocp.StandardCheckpointer() as checkpointer:
+            arrays = checkpointer.restore(folder.absolute(), target)
+    except (FileNotFoundError, KeyError, ValueError) as error:
+        raise PolicyError(
+            f"{folder} does not hold the parameters of its policy: {error}"
+        ) from error
+    filled = [(path, leaf.replace(arrays[name])) for name, (path, leaf) in flat.items()]
+    return nnx.merge(graph, nnx.from_flat_state(filled))
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Read a JSON object, or raise PolicyError."""
+    try:
+        content = json.loads(path.read_text("utf-8"))
+    except FileNotFoundError:
+        raise PolicyError(f"{path} is missing") from None
+    except ValueError as error:
+        raise PolicyError(f"{path} is not JSON: {error}") from None
+    if not isinstance(content, dict):
+        raise PolicyError(f"{path} holds a {type(content).__name__}; expected a JSON object")
+    return content

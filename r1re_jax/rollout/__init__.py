@@ -1,0 +1,1 @@
+"""How completions are drawn: sampling, random keys, jitted decoding, questions to completions."""

@@ -1,0 +1,124 @@
+"""Questions in, completions out: prefill, first token, and chunks until all rows are done."""
+
+import dataclasses
+from collections.abc import Callable, Sequence
+
+import jax
+import numpy as np
+from flax import nnx
+from jax.sharding import Mesh
+
+from r1re_jax.model.qwen import Cache
+from r1re_jax.model.tree import Level
+from r1re_jax.rollout import decode
+from r1re_jax.rollout.sampling import SamplingSettings
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Rollout:
+    """Completions as they were drawn; [*, P, G] are the batch dimensions of the keys.
+
+    Attributes:
+        tokens: [*, P, G, C] int32; the pad id from `length` on.
+        length: [*, P, G] int32, tokens of each completion; its stop token is one of them.
+        logp: [*, P, G, C] fp32, log-probability of each token as it was drawn (at the temperature,
+            no token filtered; at temperature 1 where greedy); 0 from `length` on.
+        truncated: [*, P, G] bool: the sampler drew no stop token within the limit.
+    """
+
+    tokens: jax.Array
+    length: jax.Array
+    logp: jax.Array
+    truncated: jax.Array
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Progress:
+    """How far a rollout is, between two chunks.
+
+    Attributes:
+        tokens: tokens drawn of every row that is not done.
+        limit: most tokens of a row.
+        rows_done: completions that have ended.
+        rows: completions in all.
+    """
+
+    tokens: int
+    limit: int
+    rows_done: int
+    rows: int
+
+
+def generate(
+    graph: nnx.GraphDef,
+    params: nnx.State,
+    levels: Sequence[Level],
+    *,
+    keys: jax.Array,
+    settings: SamplingSettings,
+    limit: int,
+    stop_ids: Sequence[int],
+    pad_id: int,
+    chunk: int = 32,
+    ancestors: Sequence[Cache] = (),
+    on_chunk: Callable[[Progress], None] | None = None,
+    mesh: Mesh | None = None,
+) -> Rollout:
+    """Draw G completions of every question.
+
+    Guide and questions are computed once and shared by what is below them. A question of length 0
+    stands for none (to fill up a batch): its completions have length 0 and are not truncated.
+
+    Args:
+        graph: of `nnx.split(model)`.
+        params: of `nnx.split(model)`.
+        levels: what is above the completions, the questions last: (guide [N, S], question
+            [N, P, Q]), or (question [P, Q],) alone.
+        keys: typed row keys [N, P, G] (or [P, G]) from `keys.row_keys`.
+        settings: how tokens are drawn.
+        limit: C, most tokens of a completion, the stop token included.
+        stop_ids: tokens that end a completion, one at least.
+        pad_id: written behind the end of a completion.
+        chunk: tokens between two calls of `on_chunk`; changes no sample.
+        ancestors: caches (`decode.prefill`) above the levels, such as a guide's that batches share.
+        on_chunk: called on the host after every chunk; what it raises ends the rollout.
+        mesh: spreads the questions over the mesh's data axes.
+
+    Raises:
+        ValueError: limit or chunk below 1, no stop token, or keys that do not fit the questions.
+    """
+    if limit < 1 or chunk < 1:
+        raise ValueError(f"limit is {limit} and chunk is {chunk} tokens; both must be at least 1")
+    if not stop_ids:
+        raise ValueError(
+            "there is no stop token: every completion would run to the limit; give stop_ids"
+        )
+    questions = levels[-1].length.shape
+    if keys.shape[:-1] != questions:
+        raise ValueError(
+            f"keys have shape {list(keys.shape)} and the questions {list(questions)}; expected keys"
+            " [*questions, G]"
+        )
+    program = decode.Program(
+        settings=settings,
+        stop_ids=tuple(int(stop) for stop in stop_ids),
+        pad_id=int(pad_id),
+        limit=limit,
+        mesh=mesh,
+    )
+    hidden, caches = decode.prefill(
+        graph, params, tuple(levels), ancestors=tuple(ancestors), mesh=mesh
+    )
+    state = decode.start_state(graph, params, hidden, caches, keys, program=program)
+    rows = keys.size
+    while True:
+        state, counts = decode.decode_chunk(
+            graph, params, state, caches, keys, np.int32(chunk), program=program
+        )
+        step, done = (int(count) for count in np.asarray(counts))
+        if on_chunk is not None:
+            on_chunk(Progress(tokens=step, limit=limit, rows_done=done, rows=rows))
+        if done == rows or step == limit:
+            break
+    return Rollout(tokens=state.tokens, length=state.length, logp=state.logp, truncated=~state.done)

@@ -1,0 +1,1 @@
+"""What is learned: guides, examples, prompts, rewards, metrics; plain Python without jax."""

@@ -1,0 +1,134 @@
+"""A step's lessons as arrays, and their cut into micro-batches."""
+
+import dataclasses
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import Mesh, NamedSharding
+
+from r1re_jax import sharding
+from r1re_jax.model.tree import Level, Tree, pad_level
+from r1re_jax.policy import Limits
+from r1re_jax.task.lessons import Lesson
+from r1re_jax.task.prompts import PromptEncoder
+
+
+@dataclasses.dataclass(frozen=True)
+class Block:
+    """A micro-batch: some trees, or some questions of one tree.
+
+    Attributes:
+        trees: which of N.
+        questions: which of P.
+    """
+
+    trees: slice
+    questions: slice
+
+    def of(self, array: Any) -> Any:
+        """Return this block's part of [N, P, ...]."""
+        return array[self.trees, self.questions]
+
+    def of_tree(self, tree: Tree) -> Tree:
+        """Return this block's part of a tree of arrays."""
+        guide = Level(tree.guide.tokens[self.trees], tree.guide.length[self.trees])
+        below = (
+            Level(self.of(x.tokens), self.of(x.length)) for x in (tree.question, tree.completion)
+        )
+        return Tree(guide, *below)
+
+
+def blocks(trees: int, questions: int, micro_batch: int) -> Iterator[Block]:
+    """Cut [trees, questions] into blocks of `micro_batch` questions each; 0 gives one block.
+
+    Whole trees stay together where they fit, so that a guide is computed as seldom as possible.
+    """
+    size = micro_batch or trees * questions
+    high, wide = max(1, size // questions), min(size, questions)
+    for tree in range(0, trees, high):
+        for question in range(0, questions, wide):
+            yield Block(slice(tree, tree + high), slice(question, question + wide))
+
+
+def prompt_levels(
+    lessons: Sequence[Lesson], encoder: PromptEncoder, limits: Limits
+) -> tuple[Level, Level]:
+    """Encode guides [N, S] and questions [N, P, Q].
+
+    Raises:
+        LimitError: a guide or a question is longer than its limit; names the longest.
+    """
+    guide = pad_level(
+        [encoder.guide_tokens(lesson.guide) for lesson in lessons],
+        limit=limits.guide,
+        pad_id=encoder.pad_id,
+        name="guide",
+        names=[lesson.guide.title for lesson in lessons],
+    )
+    question = pad_level(
+        [[encoder.question_tokens(example) for example in lesson.examples] for lesson in lessons],
+        limit=limits.question,
+        pad_id=encoder.pad_id,
+        name="question",
+        names=example_names(lessons),
+    )
+    return guide, question
+
+
+def completion_level(
+    texts: Sequence[Sequence[str]],
+    encoder: PromptEncoder,
+    limits: Limits,
+    *,
+    names: Sequence[str],
+) -> Level:
+    """Encode one given completion for each question: [N, P, 1, C], the stop token included.
+
+    Raises:
+        LimitError: a completion is longer than its limit; names the longest.
+    """
+    return pad_level(
+        [[[encoder.completion_tokens(text)] for text in row] for row in texts],
+        limit=limits.completion,
+        pad_id=encoder.pad_id,
+        name="completion",
+        names=names,
+    )
+
+
+def example_names(lessons: Sequence[Lesson]) -> list[str]:
+    """Return the ids of all examples, lesson by lesson."""
+    return [example.id for lesson in lessons for example in lesson.examples]
+
+
+def spread(tree: Any, mesh: Mesh) -> Any:
+    """Inside jit: shard axis 1 of arrays [N, P, ...] over the devices that share the questions."""
+
+    def one(x: jax.Array) -> jax.Array:
+        spec = sharding.spec((None, "question"))
+        return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, spec))
+
+    return jax.tree.map(one, tree)
+
+
+def spread_tree(tree: Tree, mesh: Mesh) -> Tree:
+    """`spread` for the levels below the guide; every device keeps the whole guide."""
+    return Tree(tree.guide, spread(tree.question, mesh), spread(tree.completion, mesh))
+
+
+def check_mesh(trees: int, questions: int, micro_batch: int, *, mesh: Mesh, phase: str) -> None:
+    """Refuse micro-batches whose questions cannot be shared evenly by the mesh.
+
+    Raises:
+        ValueError: naming the keys to change.
+    """
+    ways = int(np.prod([mesh.shape[axis] for axis in sharding.RULES["question"] or ()]))
+    first = next(blocks(trees, questions, micro_batch))
+    wide = first.questions.stop - first.questions.start
+    if wide % ways:
+        raise ValueError(
+            f"{phase}: {wide} questions of a tree are computed at a time, by {ways} devices"
+            f" (mesh.data times mesh.fsdp); make the batch in {phase} a multiple of {ways}"
+        )

@@ -1,0 +1,214 @@
+"""The examples of a run, opened and checked before anything is computed."""
+
+import dataclasses
+import difflib
+import inspect
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from r1re_jax.model.tree import pad_level
+from r1re_jax.policy import Limits
+from r1re_jax.task import miniworld
+from r1re_jax.task.lessons import DatasetSource, Source
+from r1re_jax.task.prompts import PromptEncoder, sft_completion
+from r1re_jax.task.readers import (
+    data_sha256,
+    load_hub_semeval2010,
+    packaged_guide,
+    read_jsonl,
+    read_semeval2010,
+    resolve_data,
+)
+from r1re_jax.task.relations import DataError, Example, Guide, load_guide
+from r1re_jax.train.settings import (
+    DataKind,
+    EvalSetSettings,
+    Settings,
+    SourceSettings,
+)
+
+PACKAGED = "packaged:"
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TrainingData:
+    """What to train on.
+
+    Attributes:
+        source: (trees, questions) -> lessons of every step.
+        guide: of the examples; None where every lesson has its own.
+        examples: all of them; empty where they are made as they are asked for.
+        sha256: name of each file -> SHA-256 of its content.
+    """
+
+    source: Callable[[int, int], Source]
+    guide: Guide | None
+    examples: tuple[Example, ...]
+    sha256: Mapping[str, str]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class EvalSet:
+    """A named set to evaluate on.
+
+    Attributes:
+        name: of the set.
+        guide: of all examples.
+        examples: what to ask.
+        sha256: of the data file; empty where there is none.
+    """
+
+    name: str
+    guide: Guide
+    examples: tuple[Example, ...]
+    sha256: str
+
+
+def open_training(settings: SourceSettings, *, seed: int) -> TrainingData:
+    """Open what to train on; the one place where the kinds of sources are told apart.
+
+    Raises:
+        DataError: a file that is missing, empty or breaks the data contract.
+        GuideError: a guide that cannot be read.
+        ValueError: options that miniworld's source does not take.
+    """
+    if settings.kind is DataKind.MINIWORLD:
+        _check_options(miniworld.source, settings.options, own=("trees", "questions", "seed"))
+
+        def world(trees: int, questions: int) -> Source:
+            return miniworld.source(trees=trees, questions=questions, seed=seed, **settings.options)
+
+        world(1, 1)  # refuses bad values now and not when a phase begins
+        return TrainingData(source=world, guide=None, examples=(), sha256={})
+    guide, examples, hashes = _read(settings, split="train")
+    return TrainingData(
+        source=lambda trees, questions: DatasetSource(
+            guide, examples, trees=trees, questions=questions, seed=seed
+        ),
+        guide=guide,
+        examples=examples,
+        sha256=hashes,
+    )
+
+
+def open_sets(settings: Mapping[str, EvalSetSettings]) -> dict[str, EvalSet]:
+    """Open the sets to evaluate on.
+
+    Raises:
+        DataError: a file that is missing, empty or breaks the data contract.
+        GuideError: a guide that cannot be read.
+    """
+    return {name: _open_set(name, one) for name, one in settings.items()}
+
+
+def _open_set(name: str, settings: EvalSetSettings) -> EvalSet:
+    if settings.kind is DataKind.MINIWORLD:
+        _check_options(miniworld.examples, settings.options)
+        guide, examples = miniworld.examples(**settings.options)
+        hashes: dict[str, str] = {}
+    else:
+        guide, examples, hashes = _read(settings, split="test")
+    examples = tuple(examples)[: settings.limit or None]
+    return EvalSet(name=name, guide=guide, examples=examples, sha256=hashes.get(settings.path, ""))
+
+
+def check_prompts(
+    data: TrainingData,
+    sets: Sequence[EvalSet],
+    *,
+    encoder: PromptEncoder,
+    settings: Settings,
+) -> None:
+    """Tokenise everything that is known before the run, and refuse what does not fit.
+
+    Examples that are made as they are asked for are checked as they come.
+
+    Raises:
+        LimitError: rows longer than their limit; counts them and names the longest.
+        PromptError: levels whose tokens are not those of the whole prompt.
+        DataError: training examples without label.
+    """
+    limits = settings.limits
+    if data.guide is not None:
+        check_levels(data.guide, data.examples, encoder=encoder, limits=limits)
+        blank = [example.id for example in data.examples if not example.label]
+        if blank:
+            raise DataError(
+                f"{len(blank)} of {len(data.examples)} training examples have no label, {blank[0]}"
+                " first; neither a completion nor a reward can be made of them"
+            )
+    if data.guide is not None and settings.sft.steps:
+        pad_level(
+            [encoder.completion_tokens(sft_completion(example)) for example in data.examples],
+            limit=limits.completion,
+            pad_id=encoder.pad_id,
+            name="completion",
+            names=[example.id for example in data.examples],
+        )
+    for one in sets:
+        check_levels(one.guide, one.examples, encoder=encoder, limits=limits)
+
+
+def check_levels(
+    guide: Guide, examples: Sequence[Example], *, encoder: PromptEncoder, limits: Limits
+) -> None:
+    """Refuse a guide or sentences that are longer than their limits, or split at a bad place."""
+    encoder.check(guide, examples)
+    pad = {"pad_id": encoder.pad_id}
+    tokens = [encoder.guide_tokens(guide)]
+    pad_level(tokens, limit=limits.guide, name="guide", names=[guide.title], **pad)
+    rows = [encoder.question_tokens(example) for example in examples]
+    ids = [example.id for example in examples]
+    pad_level(rows, limit=limits.question, name="question", names=ids, **pad)
+
+
+def _read(
+    settings: SourceSettings | EvalSetSettings, *, split: str
+) -> tuple[Guide, tuple[Example, ...], dict[str, str]]:
+    """Read guide and examples of a file (or of the hub), and hashes of the files by their names."""
+    if settings.options:
+        raise DataError(
+            f"data of kind {settings.kind} has no options, found {dict(settings.options)}"
+        )
+    hashes = {}
+    if settings.kind is DataKind.SEMEVAL2010 and not settings.guide:
+        guide = packaged_guide("semeval2010_short")
+    else:
+        guide = _guide(settings, hashes)
+    if settings.kind is DataKind.SEMEVAL2010 and not settings.path:
+        return guide, tuple(load_hub_semeval2010(split)), hashes
+    if not settings.path:
+        raise DataError(f"data of kind {settings.kind} needs `path`, a file of examples")
+    if settings.kind is DataKind.SEMEVAL2010:
+        examples = read_semeval2010(settings.path)
+        for example in examples:
+            guide.schema.check_label(example.label)
+    else:
+        examples = read_jsonl(settings.path, schema=guide.schema)
+    hashes[settings.path] = data_sha256(settings.path)
+    return guide, tuple(examples), hashes
+
+
+def _check_options(
+    function: Callable, options: Mapping[str, Any], *, own: Sequence[str] = ()
+) -> None:
+    """Refuse options that a function does not take, or that the run sets itself."""
+    known = [name for name in inspect.signature(function).parameters if name not in own]
+    for name in options:
+        if name not in known:
+            near = difflib.get_close_matches(name, known, n=1)
+            hint = f"did you mean {near[0]!r}?" if near else f"there are {', '.join(known)}"
+            raise DataError(f"unknown option {name!r} of miniworld; {hint}")
+
+
+def _guide(settings: SourceSettings | EvalSetSettings, hashes: dict[str, Any]) -> Guide:
+    if not settings.guide:
+        raise DataError(
+            f"data of kind {settings.kind} needs `guide`, a Markdown file or {PACKAGED}NAME"
+        )
+    if settings.guide.startswith(PACKAGED):
+        guide = packaged_guide(settings.guide.removeprefix(PACKAGED))
+    else:
+        guide = load_guide(resolve_data(settings.guide))
+    hashes[settings.guide] = guide.sha256
+    return guide

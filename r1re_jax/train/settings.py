@@ -1,0 +1,398 @@
+"""What a training run can be told: one frozen dataclass for each section of a config.
+
+A field's name is the config's key. Fields made by `flat` hold settings whose keys stand in the
+config beside the others (`sft.learning_rate`, not `sft.optimizer.learning_rate`). Values that
+contradict each other are refused here; types and unknown keys in `r1re_jax.train.config`.
+"""
+
+import dataclasses
+import enum
+from collections.abc import Mapping
+from typing import Any
+
+from r1re_jax.model.qwen import Remat
+from r1re_jax.policy import Limits
+from r1re_jax.rl.kinds import AdvantageKind, KlKind, LossKind
+from r1re_jax.rl.objective import LossSettings
+from r1re_jax.train.optimizer import OptimizerSettings
+
+FLAT = "flat"
+# Figures of an evaluation that go into metrics.jsonl and that `checkpoint.best` can name.
+EVAL_METRICS = (
+    *("accuracy", "avg_at_k", "pass_at_k", "greedy_accuracy", "format_rate"),
+    *("macro_f1", "micro_f1", "mean_reward", "mean_tokens"),
+)
+
+
+class Dtype(enum.StrEnum):
+    """What the forward computes in; parameters and the optimizer are float32 whatever it is."""
+
+    FLOAT32 = "float32"
+    BFLOAT16 = "bfloat16"
+
+
+class DataKind(enum.StrEnum):
+    """Where examples come from; `r1re_jax.train.data` opens each."""
+
+    JSONL = "jsonl"
+    SEMEVAL2010 = "semeval2010"
+    MINIWORLD = "miniworld"
+
+
+class Phase(enum.StrEnum):
+    """What a step trains with."""
+
+    SFT = "sft"
+    GRPO = "grpo"
+
+
+def flat(default: Any) -> Any:
+    """Make a dataclass field whose keys stand in the config beside those of its section."""
+    return dataclasses.field(default=default, metadata={FLAT: True})
+
+
+def _at_least(settings: Any, least: float, *names: str) -> None:
+    for name in names:
+        if not getattr(settings, name) >= least:
+            raise ValueError(f"{name} is {getattr(settings, name)}; it must be at least {least}")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ModelSettings:
+    """The policy that training starts from.
+
+    Attributes:
+        path: a Hugging Face folder, a work directory, or `base:NAME` for a policy that the package
+            ships; wins over preset.
+        preset: name of a shape to start from random weights; needs `tokenizer`.
+        dtype: what the forward computes in.
+        remat: what the backward pass computes again.
+    """
+
+    path: str = ""
+    preset: str = ""
+    dtype: Dtype = Dtype.FLOAT32
+    remat: Remat = Remat.NONE
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class MeshSettings:
+    """Sizes of the mesh axes; one may be -1 and takes the devices that are left."""
+
+    data: int = 1
+    fsdp: int = -1
+    tensor: int = 1
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class SourceSettings:
+    """What to train on.
+
+    Attributes:
+        kind: where the examples come from.
+        path: file of examples; of semeval2010, the official text file, empty for the hub.
+        guide: Markdown file of the guide.
+        options: of miniworld, arguments of its source.
+    """
+
+    kind: DataKind
+    path: str = ""
+    guide: str = ""
+    options: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class EvalSetSettings:
+    """A set of examples to evaluate on.
+
+    Attributes:
+        kind: where the examples come from.
+        path: as in `SourceSettings`.
+        guide: as in `SourceSettings`.
+        limit: at most this many examples, the first ones; 0 takes all.
+        protocol: which split and rules the figures are of; copied into metrics.json.
+        options: of miniworld, arguments of its set.
+    """
+
+    kind: DataKind
+    path: str = ""
+    guide: str = ""
+    limit: int = 0
+    protocol: str = ""
+    options: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        """Refuse a negative limit."""
+        _at_least(self, 0, "limit")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class DataSettings:
+    """The examples to train on, and named sets to evaluate on."""
+
+    train: SourceSettings
+    eval: Mapping[str, EvalSetSettings] = dataclasses.field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        """Refuse set names that would make bad folder or metric names."""
+        for name in self.eval:
+            if not name.replace("_", "").replace("-", "").isalnum():
+                raise ValueError(f"eval set {name!r}: use letters, digits, - and _ only")
+
+
+def _check_batch(trees: int, questions: int, micro_batch: int) -> None:
+    """Refuse micro-batches that do not tile the [trees, questions] of a step."""
+    if micro_batch < questions:
+        fits = micro_batch == 0 or questions % micro_batch == 0
+    else:
+        fits = micro_batch % questions == 0 and trees * questions % micro_batch == 0
+    if not fits:
+        raise ValueError(
+            f"micro_batch is {micro_batch} questions; a step has {trees} trees of {questions}, so"
+            f" it must divide {questions}, or be a multiple of {questions} that divides"
+            f" {trees * questions}"
+        )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class SFTSettings:
+    """The supervised warm start.
+
+    Attributes:
+        steps: how many; 0 for none.
+        trees: N, guides of a step.
+        questions: P, examples under each.
+        micro_batch: questions whose gradient is computed at a time; 0 takes them all. The result
+            does not depend on it.
+        optimizer: see `OptimizerSettings`.
+    """
+
+    steps: int = 0
+    trees: int = 1
+    questions: int = 16
+    micro_batch: int = 0
+    optimizer: OptimizerSettings = flat(OptimizerSettings(learning_rate=5e-6))
+
+    def __post_init__(self) -> None:
+        """Refuse sizes that do not fit."""
+        _at_least(self, 0, "steps", "micro_batch")
+        _at_least(self, 1, "trees", "questions")
+        _check_batch(self.trees, self.questions, self.micro_batch)
+        object.__setattr__(self, "optimizer", self.optimizer.resolved(self.steps))
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class GRPOSettings:
+    """Group relative policy optimization (arXiv 2402.03300); defaults of R1-RE (arXiv 2507.04642).
+
+    Attributes:
+        steps: how many; 0 for none.
+        trees: N, guides of a step.
+        questions: P, questions under each.
+        group: G, completions of each.
+        micro_batch: questions whose gradient is computed at a time; 0 takes them all. The result
+            does not depend on it.
+        inner_iterations: updates on the same completions.
+        temperature: of sampling; scores are under the same.
+        top_k: must be 0; see `top_p`.
+        top_p: must be 1: scores are under the whole vocabulary, so truncated sampling would bias
+            the ratio of probabilities that the policy gradient rests on.
+        min_p: must be 0; see `top_p`.
+        advantage: see `r1re_jax.rl.advantages`.
+        loss: see `r1re_jax.rl.losses`.
+        clip_low: the ratio is clipped from below at 1 - clip_low.
+        clip_high: and from above at 1 + clip_high.
+        kl_coefficient: weight of KL(policy‖reference); 0 needs no reference.
+        kl: its estimator, see `r1re_jax.rl.kl`.
+        chunk: tokens decoded between two looks at signals.
+        score_chunk: completion positions whose logits exist at a time.
+        max_logp_gap: the run stops when sampler and trainer differ by more than this in the mean
+            log-probability of a sampled token, in nats.
+        optimizer: see `OptimizerSettings`.
+    """
+
+    steps: int = 0
+    trees: int = 1
+    questions: int = 32
+    group: int = 16
+    micro_batch: int = 0
+    inner_iterations: int = 1
+    temperature: float = 1.0
+    top_k: int = 0
+    top_p: float = 1.0
+    min_p: float = 0.0
+    advantage: AdvantageKind = AdvantageKind.GRPO
+    loss: LossKind = LossKind.GRPO
+    clip_low: float = 0.2
+    clip_high: float = 0.2
+    kl_coefficient: float = 0.001
+    kl: KlKind = KlKind.K3_PLUS
+    chunk: int = 32
+    score_chunk: int = 128
+    max_logp_gap: float = 0.25
+    optimizer: OptimizerSettings = flat(OptimizerSettings(learning_rate=1e-6))
+
+    def __post_init__(self) -> None:
+        """Refuse sizes that do not fit and sampling that scoring does not match."""
+        _at_least(self, 0, "steps", "micro_batch")
+        _at_least(self, 1, "trees", "questions", "inner_iterations", "chunk", "score_chunk")
+        if self.group < 2:
+            raise ValueError(
+                f"group is {self.group}; GRPO compares the completions of a question with each"
+                " other, so it must be at least 2"
+            )
+        if not self.temperature > 0:
+            raise ValueError(
+                f"temperature is {self.temperature}; training samples, so it must be above 0"
+            )
+        if not self.max_logp_gap > 0:
+            raise ValueError(f"max_logp_gap is {self.max_logp_gap}; it must be above 0")
+        for name, neutral in (("top_k", 0), ("top_p", 1.0), ("min_p", 0.0)):
+            if getattr(self, name) != neutral:
+                raise ValueError(
+                    f"{name} is {getattr(self, name)}; training scores the whole vocabulary, so"
+                    f" sampling from a part of it would bias the gradient: leave it at {neutral}"
+                )
+        _check_batch(self.trees, self.questions, self.micro_batch)
+        self.objective  # noqa: B018  refuses what the loss refuses
+        object.__setattr__(self, "optimizer", self.optimizer.resolved(self.steps))
+
+    @property
+    def objective(self) -> LossSettings:
+        """The settings of the loss."""
+        return LossSettings(
+            kind=self.loss,
+            clip_low=self.clip_low,
+            clip_high=self.clip_high,
+            kl_coefficient=self.kl_coefficient,
+            kl_kind=self.kl,
+        )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class EvaluateSettings:
+    """When and how to evaluate.
+
+    Attributes:
+        every: steps between evaluations; 0 for at the end of a phase only.
+        samples: completions of each example; 0 switches evaluation off.
+        temperature: of sampling; 0 is greedy.
+        batch: examples at a time.
+        at_start: whether to evaluate before the first step too.
+        greedy: whether to draw one completion at temperature 0 as well.
+    """
+
+    every: int = 50
+    samples: int = 4
+    temperature: float = 1.0
+    batch: int = 32
+    at_start: bool = True
+    greedy: bool = False
+
+    def __post_init__(self) -> None:
+        """Refuse negative sizes, and several samples that would all be the same."""
+        _at_least(self, 0, "every", "samples", "temperature")
+        _at_least(self, 1, "batch")
+        if self.temperature == 0 and self.samples > 1:
+            raise ValueError(
+                f"samples is {self.samples} at temperature 0, where all are equal; set it to 1"
+            )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class CheckpointSettings:
+    """When to save.
+
+    Attributes:
+        every: steps between checkpoints; 0 for at the end of a phase only.
+        keep: how many of the latest to keep.
+        best: metric of an evaluation, `SET/METRIC`, whose best checkpoint is kept too; empty for
+            none.
+    """
+
+    every: int = 50
+    keep: int = 2
+    best: str = ""
+
+    def __post_init__(self) -> None:
+        """Refuse to keep nothing."""
+        _at_least(self, 0, "every")
+        _at_least(self, 1, "keep")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class LogSettings:
+    """What to write down.
+
+    Attributes:
+        every: steps between lines of metrics.jsonl; steps with an evaluation have one always.
+        completions: steps between files of completions; 0 for none.
+    """
+
+    every: int = 1
+    completions: int = 10
+
+    def __post_init__(self) -> None:
+        """Refuse negative intervals."""
+        _at_least(self, 1, "every")
+        _at_least(self, 0, "completions")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Settings:
+    """A whole run: SFT steps are numbered 1 … sft.steps, GRPO goes on counting.
+
+    Attributes:
+        seed: of data order, sampling and random weights.
+        model: where the policy comes from.
+        tokenizer: folder of the tokenizer; only with `model.preset`.
+        mesh: the devices.
+        limits: widths of the tree's levels.
+        data: what to train and evaluate on.
+        sft: the supervised warm start.
+        grpo: the reinforcement.
+        evaluate: when and how to evaluate.
+        checkpoint: when to save.
+        log: what to write down.
+    """
+
+    seed: int = 0
+    model: ModelSettings
+    tokenizer: str = ""
+    mesh: MeshSettings = MeshSettings()
+    limits: Limits
+    data: DataSettings
+    sft: SFTSettings = SFTSettings()
+    grpo: GRPOSettings = GRPOSettings()
+    evaluate: EvaluateSettings = EvaluateSettings()
+    checkpoint: CheckpointSettings = CheckpointSettings()
+    log: LogSettings = LogSettings()
+
+    def __post_init__(self) -> None:
+        """Refuse sections that do not fit each other."""
+        if not self.steps:
+            raise ValueError("sft.steps and grpo.steps are both 0: there is nothing to train")
+        if not self.model.path and not self.model.preset:
+            raise ValueError("give model.path, a Hugging Face folder, or model.preset, a shape")
+        if bool(self.tokenizer) == bool(self.model.path):
+            raise ValueError(
+                "give `tokenizer`, a folder, with model.preset and only then: model.path brings its"
+                " own"
+            )
+        name, _, metric = self.checkpoint.best.partition("/")
+        if self.checkpoint.best and not (name in self.data.eval and metric in EVAL_METRICS):
+            raise ValueError(
+                f"checkpoint.best is {self.checkpoint.best!r}; expected SET/METRIC, one of the sets"
+                f" of data.eval, {sorted(self.data.eval)}, and one of {', '.join(EVAL_METRICS)}"
+            )
+        if metric == "greedy_accuracy" and not self.evaluate.greedy:
+            raise ValueError("checkpoint.best asks for greedy_accuracy; set evaluate.greedy=True")
+
+    @property
+    def steps(self) -> int:
+        """Steps of both phases."""
+        return self.sft.steps + self.grpo.steps
+
+    def phase_of(self, step: int) -> Phase:
+        """Return what step number `step` (from 1) trains with."""
+        return Phase.SFT if step <= self.sft.steps else Phase.GRPO

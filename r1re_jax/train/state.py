@@ -1,0 +1,171 @@
+"""What an update changes: step, parameters and optimizer state, sharded on the mesh from the start.
+
+In the train room parameters are a flat dict, dotted path in the Qwen module -> array: the names of
+checkpoints, optimizer states and masks. `model_state` turns it into what `nnx.merge` takes.
+"""
+
+import dataclasses
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import nnx
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from r1re_jax import sharding
+from r1re_jax.model.config import ModelConfig
+from r1re_jax.model.qwen import Qwen, Remat
+
+Params = dict[str, jax.Array]
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class TrainState:
+    """All that a resumed run must find again, beside its configuration.
+
+    Attributes:
+        step: int32 scalar, steps completed in the whole run.
+        params: dotted name -> fp32 array.
+        opt_state: of the phase's optimizer.
+    """
+
+    step: jax.Array
+    params: Params
+    opt_state: optax.OptState
+
+
+@dataclasses.dataclass(frozen=True)
+class Layout:
+    """The model without its arrays: what programs are built for.
+
+    Attributes:
+        graph: of `nnx.split(model)`.
+        mesh: where everything lives.
+        shapes: dotted name -> shape and dtype, its sharding with them.
+        axes: dotted name -> logical axes; stacked parameters have the layers in front of them.
+    """
+
+    graph: nnx.GraphDef
+    mesh: Mesh
+    shapes: dict[str, jax.ShapeDtypeStruct]
+    axes: dict[str, tuple[str, ...]]
+
+    @property
+    def shardings(self) -> dict[str, NamedSharding]:
+        """Dotted name -> sharding."""
+        return {name: shape.sharding for name, shape in self.shapes.items()}
+
+    @property
+    def matrices(self) -> dict[str, bool]:
+        """Dotted name -> whether it is a matrix, by logical axes: a stacked bias has two too."""
+        return {name: len(axes) > 1 for name, axes in self.axes.items()}
+
+    @property
+    def replicated(self) -> NamedSharding:
+        """The sharding of what every device holds."""
+        return NamedSharding(self.mesh, PartitionSpec())
+
+
+def model_layout(model: Qwen, mesh: Mesh) -> Layout:
+    """Describe a model (its arrays may be abstract) on a mesh."""
+    graph, state = nnx.split(model)
+    shardings = _flat(sharding.parameter_shardings(state, mesh))
+    shapes, axes = {}, {}
+    for name, variable in _flat(state).items():
+        value = variable.get_value()
+        shapes[name] = jax.ShapeDtypeStruct(
+            value.shape, value.dtype, sharding=shardings[name].get_value()
+        )
+        axes[name] = tuple(variable.get_metadata("logical_axes"))
+    return Layout(graph=graph, mesh=mesh, shapes=shapes, axes=axes)
+
+
+def random_params(config: ModelConfig, layout: Layout, *, seed: int) -> Params:
+    """Draw random parameters, each shard where it belongs; equal on every mesh."""
+
+    def draw() -> Params:
+        return flat_params(nnx.state(Qwen(config, rngs=nnx.Rngs(seed), remat=Remat.NONE)))
+
+    return jax.jit(draw, out_shardings=layout.shardings)()
+
+
+def place_params(params: Mapping[str, Any], layout: Layout) -> Params:
+    """Copy parameters to their shards, so that donating the result leaves the argument whole."""
+    return {
+        name: jax.device_put(params[name], layout.shardings[name], may_alias=False)
+        for name in layout.shapes
+    }
+
+
+def create_state(
+    params: Params, optimizer: optax.GradientTransformation, layout: Layout, *, step: int = 0
+) -> TrainState:
+    """Begin a phase: a fresh optimizer state for the given parameters, sharded as they are."""
+    make = jax.jit(optimizer.init, out_shardings=_optimizer_shardings(optimizer, layout))
+    count = jax.device_put(jnp.int32(step), layout.replicated)
+    return TrainState(step=count, params=params, opt_state=make(params))
+
+
+def abstract_state(optimizer: optax.GradientTransformation, layout: Layout) -> TrainState:
+    """Return the shapes, dtypes and shardings of a state; what a checkpoint is restored to."""
+    opt_state = jax.tree.map(
+        lambda shape, where: jax.ShapeDtypeStruct(shape.shape, shape.dtype, sharding=where),
+        jax.eval_shape(optimizer.init, layout.shapes),
+        _optimizer_shardings(optimizer, layout),
+    )
+    step = jax.ShapeDtypeStruct((), jnp.int32, sharding=layout.replicated)
+    return TrainState(step=step, params=dict(layout.shapes), opt_state=opt_state)
+
+
+def model_state(params: Mapping[str, Any]) -> nnx.State:
+    """Return the parameters as a state for `nnx.merge`; works on tracers too."""
+    return nnx.from_flat_state([(tuple(name.split(".")), params[name]) for name in params])
+
+
+def flat_params(state: nnx.State) -> Params:
+    """Return a model's state as dotted name -> array; the inverse of `model_state`."""
+    return {name: variable.get_value() for name, variable in _flat(state).items()}
+
+
+def parameter_table(layout: Layout) -> str:
+    """Return a line per parameter: name, shape, logical and mesh axes, bytes in all, per device."""
+    rows = [("parameter", "shape", "axes", "mesh axes", "bytes", "per device")]
+    total = local = 0
+    for name, shape in layout.shapes.items():
+        size = shape.size * shape.dtype.itemsize
+        mine = math.prod(shape.sharding.shard_shape(shape.shape)) * shape.dtype.itemsize
+        total, local = total + size, local + mine
+        spec = " ".join(
+            "+".join(axes) if isinstance(axes, tuple) else axes or "-"
+            for axes in shape.sharding.spec
+        )
+        shown = "×".join(map(str, shape.shape))
+        rows.append((name, shown, " ".join(layout.axes[name]), spec, f"{size:,}", f"{mine:,}"))
+    rows.append(("total", "", "", "", f"{total:,}", f"{local:,}"))
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return "\n".join(
+        "  ".join(
+            cell.rjust(width) if place > 3 else cell.ljust(width)
+            for place, (cell, width) in enumerate(zip(row, widths, strict=True))
+        ).rstrip()
+        for row in rows
+    )
+
+
+def _flat(state: nnx.State) -> dict[str, nnx.Variable]:
+    return {".".join(map(str, path)): leaf for path, leaf in nnx.to_flat_state(state)}
+
+
+def _optimizer_shardings(optimizer: optax.GradientTransformation, layout: Layout) -> Any:
+    """Moments lie as their parameters do, found by name; counters are everywhere."""
+
+    def where(path: tuple, leaf: jax.ShapeDtypeStruct) -> NamedSharding:
+        name = getattr(path[-1], "key", None) if path else None
+        of = layout.shapes.get(name)
+        return layout.replicated if of is None or of.shape != leaf.shape else of.sharding
+
+    return jax.tree_util.tree_map_with_path(where, jax.eval_shape(optimizer.init, layout.shapes))

@@ -1,0 +1,160 @@
+"""The work directory: whose it is, and what it holds beyond the checkpoint a run goes on from."""
+
+import importlib.metadata
+import json
+import os
+import platform
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from r1re_jax.train.config import configuration_hash, differences, is_safe, resolved
+from r1re_jax.train.settings import Settings
+
+CONFIG = "config.json"
+# What a run writes; a folder that holds any of it without a config.json is somebody else's.
+PARTS = ("checkpoints", "completions", "eval", "metrics.jsonl", "policy", "reference")
+LIBRARIES = ("flax", "jax", "jaxlib", "numpy", "optax", "orbax-checkpoint", "transformers")
+
+
+class WorkdirError(ValueError):
+    """A work directory that this run may not write to; nothing was changed."""
+
+
+def versions() -> dict[str, str]:
+    """Return the versions that a result may depend on."""
+    from r1re_jax import __version__
+
+    found = {name: importlib.metadata.version(name) for name in LIBRARIES}
+    return {"r1re_jax": __version__, "python": platform.python_version(), **found}
+
+
+def open_workdir(
+    workdir: str | os.PathLike, settings: Settings, *, data: Mapping[str, str]
+) -> Path:
+    """Make the directory, or check that it is of this configuration.
+
+    Safe keys may have changed; config.json then has the new values, and the old ones in `history`.
+
+    Args:
+        workdir: of the run.
+        settings: of the run.
+        data: name -> SHA-256 of every file that training reads.
+
+    Raises:
+        WorkdirError: it holds a run of another configuration or of other data (the message names
+            every key), or files that no run has a config.json for.
+    """
+    workdir = Path(workdir)
+    content = {
+        "config": resolved(settings),
+        "hash": configuration_hash(settings),
+        "versions": versions(),
+        "data": dict(data),
+        "history": [],
+    }
+    path = workdir / CONFIG
+    if not path.exists():
+        strange = [name for name in PARTS if (workdir / name).exists()]
+        if strange:
+            raise WorkdirError(
+                f"{workdir} has {', '.join(strange)} but no {CONFIG}: nobody knows of which run."
+                " Choose another work directory or move these away. Nothing was changed."
+            )
+        workdir.mkdir(parents=True, exist_ok=True)
+        write_json(path, content)
+        return workdir
+    before = read_config(workdir)
+    changed = _check_same(workdir, before, content)
+    if changed or before.get("versions") != content["versions"]:
+        old = {"changed": changed, "versions": before.get("versions")}
+        content["history"] = [*before.get("history", []), old]
+        write_json(path, content)
+    return workdir
+
+
+def read_config(workdir: str | os.PathLike) -> dict[str, Any]:
+    """Read config.json of a work directory.
+
+    Raises:
+        WorkdirError: there is none, or it is no JSON object with a `config`.
+    """
+    path = Path(workdir) / CONFIG
+    try:
+        content = json.loads(path.read_text("utf-8"))
+    except FileNotFoundError:
+        raise WorkdirError(
+            f"{path} is missing; {workdir} is no work directory of run.train"
+        ) from None
+    except ValueError as error:
+        raise WorkdirError(f"{path} is not JSON: {error}") from None
+    if not isinstance(content, dict) or not isinstance(content.get("config"), dict):
+        raise WorkdirError(f"{path} holds no configuration; expected an object with `config`")
+    return content
+
+
+def forget_after(workdir: Path, step: int) -> list[str]:
+    """Remove what a run wrote on steps after the one it goes on from; they are done again, alike.
+
+    Returns:
+        What was removed, relative to the work directory. metrics.jsonl is its writer's own.
+    """
+    later = [
+        path
+        for path in (*(workdir / "completions").glob("*.jsonl"), *(workdir / "eval").glob("*-*"))
+        if _step_of(path) is not None and _step_of(path) > step
+    ]
+    for path in later:
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
+    return sorted(str(path.relative_to(workdir)) for path in later)
+
+
+def write_json(path: Path, content: Any) -> None:
+    """Write a file that is there whole or not at all."""
+    write_text(path, json.dumps(content, ensure_ascii=False, indent=1) + "\n")
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a file that is there whole or not at all; its folder is made."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = path.with_name(path.name + ".part")
+    unfinished.write_text(text, "utf-8")
+    unfinished.replace(path)
+
+
+def _check_same(
+    workdir: Path, before: Mapping[str, Any], now: Mapping[str, Any]
+) -> dict[str, tuple[Any, Any]]:
+    """Refuse another configuration or other data; return the safe keys that changed."""
+    changed = differences(before["config"], now["config"])
+    lines = [
+        f"{key} is {old!r} there and {new!r} here"
+        for key, (old, new) in changed.items()
+        if not is_safe(key)
+    ]
+    old, new = changed.get("sft.steps", (0, 0))
+    saved = [int(path.name) for path in workdir.glob("checkpoints/*") if path.name.isdigit()]
+    newest = max(saved, default=0)
+    if newest > min(old, new) and old != new:
+        lines.append(
+            f"sft.steps was {old} and is {new}, but the run is at step {newest}, where that decides"
+            " what a step trains with"
+        )
+    data = differences(before.get("data", {}), now["data"])
+    lines += [f"the content of {name} is not what it was" for name in data]
+    if lines:
+        hint = ""
+        if any(key.endswith(".decay_steps") for key in changed):
+            hint = " (a schedule's length is fixed: give decay_steps the value it has there)"
+        listed = "\n  ".join(lines)
+        raise WorkdirError(
+            f"{workdir} is of another configuration:\n  {listed}\nChoose another work directory, or"
+            f" give these their old values{hint}. Nothing was changed."
+        )
+    return changed
+
+
+def _step_of(path: Path) -> int | None:
+    number = path.name.removesuffix(".jsonl").split("-")[0]
+    return int(number) if number.isdigit() else None

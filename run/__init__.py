@@ -1,0 +1,1 @@
+"""Entry points, run as `python -m run.NAME` from the root of the repository."""

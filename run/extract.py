@@ -1,0 +1,63 @@
+"""Extract the relation between two marked mentions, one JSON object a line.
+
+python -m run.extract --model=M --guide=guide.md "The <e1>storm</e1> broke the <e2>mast</e2>."
+python -m run.extract --model=M --guide=guide.md - < tagged_lines.txt
+
+Prints {"label", "reasoning", "text", "problem"}; text is what the policy wrote. Where it gives no
+label of the guide, label is null and problem says why.
+"""
+
+import dataclasses
+import json
+import sys
+from collections.abc import Iterator, Sequence
+
+from absl import app, flags
+
+from r1re_jax.annotate import extract
+from r1re_jax.policy import load_policy
+from r1re_jax.task.readers import resolve_data
+from r1re_jax.task.relations import DataError, Example, load_guide, parse_tagged
+
+MODEL = flags.DEFINE_string("model", None, "model folder or work directory", required=True)
+GUIDE = flags.DEFINE_string("guide", None, "annotation guide, Markdown", required=True)
+TEMPERATURE = flags.DEFINE_float("temperature", 0.0, "0 takes the likeliest token", lower_bound=0)
+SEED = flags.DEFINE_integer("seed", 0, "seed of the sampling", lower_bound=0)
+BATCH = flags.DEFINE_integer("batch", 8, "texts at a time", lower_bound=1)
+DTYPE = flags.DEFINE_enum("dtype", "float32", ["float32", "bfloat16"], "what to compute in")
+LIMITS = [
+    flags.DEFINE_integer(f"limits.{level}", None, f"most tokens of a {level}; default: the model's")
+    for level in ("guide", "question", "completion")
+]
+flags.FLAGS.set_gnu_getopt(True)  # flags may stand behind the text
+
+
+def tagged_examples(texts: Sequence[str]) -> Iterator[Example]:
+    """Yield the marked texts, for "-" those of standard input; DataError names a bad one."""
+    piped = list(texts) == ["-"]
+    for number, text in enumerate(sys.stdin if piped else texts, start=1):
+        try:
+            yield parse_tagged(text.rstrip("\r\n"), id=str(number))
+        except DataError as error:
+            raise DataError(f"{'standard input' if piped else 'text'}:{number}: {error}") from None
+
+
+def main(argv: list[str]) -> None:
+    """Read every text before the model is loaded, so that bad input costs nothing."""
+    if len(argv) < 2:
+        raise app.UsageError('give a text with <e1>…</e1> and <e2>…</e2>, or "-" to read lines')
+    try:
+        guide = load_guide(resolve_data(GUIDE.value))
+        examples = list(tagged_examples(argv[1:]))
+        policy = load_policy(MODEL.value, dtype=DTYPE.value)
+        limits = {flag.name.split(".")[1]: flag.value for flag in LIMITS if flag.value is not None}
+        how = {"temperature": TEMPERATURE.value, "seed": SEED.value, "batch": BATCH.value}
+        how["limits"] = dataclasses.replace(policy.limits, **limits)
+        for row in extract(policy, examples, guide, **how):
+            print(json.dumps(row, ensure_ascii=False), flush=True)
+    except (ValueError, OSError) as error:
+        sys.exit(f"run.extract: {error}")
+
+
+if __name__ == "__main__":
+    app.run(main)

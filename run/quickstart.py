@@ -1,0 +1,48 @@
+"""Run the main job on the embedded default: SFT, GRPO, evaluation, export, report.
+
+python -m run.quickstart        R1RE_SEED sets the training seed, R1RE_OUT the folder (runs/quickstart)
+
+The last line is JSON. A second call goes on where the first was interrupted.
+"""
+
+import contextlib
+import json
+import os
+import pathlib
+import sys
+import time
+
+from rich.console import Console
+
+from configs import miniworld
+from r1re_jax.report import quickstart
+from r1re_jax.report.history import read_history
+from run.train import train
+
+
+def main() -> None:
+    """Train both policies and show what came out."""
+    start = float(os.environ.get("R1RE_START", time.time()))
+    seed = int(os.environ.get("R1RE_SEED", "0"))
+    out = pathlib.Path(os.environ.get("R1RE_OUT", "runs/quickstart")) / f"seed-{seed}"
+    finished = {}
+    for variant in ("", "sft_only"):
+        config = miniworld.get_config(variant)
+        config.seed = seed
+        again = "bash run/quickstart.sh, with the same R1RE_SEED and R1RE_OUT"
+        finished[variant] = train(config, out / (variant or "grpo"), again=again)
+    workdir = out / "grpo"
+    products = quickstart.finish(workdir, export=out / "export")
+    history = read_history(workdir)
+    console = Console(width=None if sys.stdout.isatty() else 120)
+    quickstart.show(history, read_history(out / "sft_only"), console)
+    for path in (products.report, *products.curves, products.export):
+        console.print(path, soft_wrap=True, highlight=False)
+    steps = quickstart.stage_steps(finished[""])
+    seconds = time.time() - start
+    print(json.dumps(quickstart.result(history, steps=steps, products=products, seconds=seconds)))
+
+
+if __name__ == "__main__":
+    with contextlib.suppress(BrokenPipeError):
+        main()

@@ -1,0 +1,26 @@
+"""Write the HTML report of a run from its work directory.
+
+python -m run.report --workdir=W
+"""
+
+import sys
+
+from absl import app, flags
+
+from r1re_jax.report.html import write_report
+
+WORKDIR = flags.DEFINE_string("workdir", None, "work directory of run.train", required=True)
+
+
+def main(argv: list[str]) -> None:
+    """Write W/report.html and print its path."""
+    if len(argv) > 1:
+        raise app.UsageError(f"unexpected arguments {argv[1:]}; the folder goes into --workdir")
+    try:
+        print(write_report(WORKDIR.value))
+    except FileNotFoundError as error:
+        sys.exit(f"run.report: {error}")
+
+
+if __name__ == "__main__":
+    app.run(main)

@@ -1,0 +1,75 @@
+"""Train a policy: a supervised warm start if the config asks for one, then GRPO.
+
+python -m run.train --config=configs/F.py --workdir=W [--config.grpo.steps=200 ...]
+
+W gets config.json, metrics.jsonl, completions/, eval/ and checkpoints/. The same command goes on
+where the run was interrupted. SIGTERM and SIGINT save and end with 143 and 130; a second kills.
+"""
+
+import contextlib
+import pathlib
+import shlex
+import sys
+from collections.abc import Mapping
+from typing import Any
+
+from absl import app, flags
+from ml_collections import config_flags
+
+from r1re_jax.report.progress import open_progress
+from r1re_jax.report.writers import JsonlWriter, TensorBoardWriter, Writer
+from r1re_jax.train.config import read_settings
+from r1re_jax.train.loop import Hooks, Outcome, run_training
+from r1re_jax.train.settings import Settings
+from r1re_jax.train.signals import StopSignals
+from r1re_jax.train.update import NonFiniteError, SamplerDriftError
+
+CONFIG = config_flags.DEFINE_config_file("config", None, "FILE[:arg] with get_config(arg)")
+WORKDIR = flags.DEFINE_string("workdir", None, "folder of the run, new or to go on in")
+flags.mark_flags_as_required(["config", "workdir"])
+
+
+def train(config: Mapping[str, Any], workdir: pathlib.Path, *, again: str) -> Settings:
+    """Train until the last step; a signal or a problem ends the process.
+
+    Args:
+        config: as a recipe returns it.
+        workdir: folder of the run.
+        again: command that goes on after a signal.
+    """
+    with StopSignals() as signals, contextlib.closing(open_progress(sys.stderr)) as progress:
+
+        def writers(resume_step: int) -> tuple[Writer, ...]:
+            numbers = JsonlWriter(workdir / "metrics.jsonl", resume_step=resume_step)
+            board = TensorBoardWriter(workdir / "tensorboard", resume_step=resume_step)
+            return numbers, board, progress
+
+        hooks = Hooks(poll=signals.poll, writers=writers, progress=progress)
+        try:
+            settings = read_settings(config)
+            outcome = run_training(settings, workdir, hooks=hooks)
+        except (ValueError, OSError, NonFiniteError, SamplerDriftError) as error:
+            sys.exit(f"run.train: {error}")
+    _farewell(outcome, workdir, again)
+    return settings
+
+
+def main(argv: list[str]) -> None:
+    """Train as the flags say."""
+    if len(argv) > 1:
+        raise app.UsageError(f"unexpected arguments {argv[1:]}")
+    again = shlex.join([sys.executable, "-m", "run.train", *sys.argv[1:]])
+    train(CONFIG.value, pathlib.Path(WORKDIR.value), again=again)
+
+
+def _farewell(outcome: Outcome, workdir: pathlib.Path, again: str) -> None:
+    done = f"step {outcome.step} of {outcome.steps}"
+    if outcome.stopped is None:
+        print(f"finished at {done}, in {workdir}")
+        return
+    print(f"{outcome.stopped}: stopped after {done}. Resume with: {again}", file=sys.stderr)
+    sys.exit(outcome.stopped.exit_code)
+
+
+if __name__ == "__main__":
+    app.run(main)

@@ -1,0 +1,82 @@
+"""What every test gets: eight simulated devices, strict shapes, quiet libraries, shared data."""
+
+import hashlib
+import os
+import pathlib
+import platform
+import random
+from collections.abc import Generator
+
+ROOT = pathlib.Path(__file__).resolve().parents[1]
+CACHE = ROOT / ".cache"
+
+
+def _machine() -> str:
+    """Names the processor's instruction set: a compiled program serves no other."""
+    try:
+        lines = pathlib.Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        lines = [platform.processor()]
+    flags = sorted({line for line in lines if line.startswith(("flags", "Features", "model name"))})
+    return hashlib.sha256("\n".join([platform.machine(), *flags]).encode()).hexdigest()[:12]
+
+
+# jax reads these when it is imported, and processes that tests start inherit them.
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("MPLBACKEND", "Agg")
+os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(CACHE / "jax" / _machine()))
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.5")
+_DEVICES = "--xla_force_host_platform_device_count"
+if _DEVICES not in os.environ.get("XLA_FLAGS", ""):
+    os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {_DEVICES}=8".strip()
+
+import hypothesis  # noqa: E402
+import jax  # noqa: E402
+import numpy as np  # noqa: E402
+import pytest  # noqa: E402
+from hypothesis.configuration import set_hypothesis_home_dir  # noqa: E402
+
+# An array of lower rank is never stretched by accident: write out the axis it broadcasts along.
+jax.config.update("jax_numpy_rank_promotion", "raise")
+
+set_hypothesis_home_dir(CACHE / "hypothesis")
+hypothesis.settings.register_profile(
+    "local",
+    deadline=None,
+    max_examples=50,
+    suppress_health_check=[hypothesis.HealthCheck.too_slow],
+)
+hypothesis.settings.register_profile(
+    "ci", hypothesis.settings.get_profile("local"), derandomize=True, print_blob=True
+)
+hypothesis.settings.load_profile("ci" if os.environ.get("CI") else "local")
+
+
+@pytest.fixture(autouse=True)
+def _seeds() -> None:
+    """Fixes the global generators, for libraries that draw from them."""
+    random.seed(0)
+    np.random.seed(0)
+
+
+@pytest.fixture(scope="session")
+def shared() -> pathlib.Path:
+    """The folder of real data beside the repository; R1RE_SHARED names another one."""
+    folder = pathlib.Path(os.environ.get("R1RE_SHARED") or ROOT.parent / "shared").resolve()
+    if not folder.is_dir():
+        pytest.skip(f"no folder of real data at {folder.name}/ beside the repository (R1RE_SHARED)")
+    return folder
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(
+    item: pytest.Item, call: pytest.CallInfo[None]
+) -> Generator[None, pytest.TestReport, pytest.TestReport]:
+    """With R1RE_REQUIRE_SHARED=1, as in CI, a test of real data that skips has failed."""
+    report = yield
+    wants_data = "shared" in getattr(item, "fixturenames", ())
+    if report.skipped and wants_data and os.environ.get("R1RE_REQUIRE_SHARED") == "1":
+        report.outcome = "failed"
+        report.longrepr = f"{item.nodeid} was skipped, but the real data is here: {report.longrepr}"
+    return report

@@ -1,0 +1,263 @@
+"""Folders written and read: exact, whole or not at all, and every mismatch named at once."""
+
+import json
+import shutil
+from pathlib import Path
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+from safetensors.numpy import load_file, save_file
+
+from r1re_jax.model.config import ModelConfig
+from r1re_jax.model.hf import NAMES, HFError, load_hf, save_hf
+from r1re_jax.model.qwen import Qwen, Remat, abstract_qwen
+from tests.drawn import drawn_model
+
+CONFIG = ModelConfig(
+    vocab=20, layers=2, width=8, query_heads=2, kv_heads=1, head_size=4, mlp_width=12
+)
+WEIGHTS = "model.safetensors"
+
+
+@pytest.fixture(scope="module")
+def model() -> Qwen:
+    """Return a small untied model of random weights, biases and norms."""
+    return drawn_model(CONFIG)
+
+
+@pytest.fixture(scope="module")
+def _saved(model: Qwen, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("hf") / "model"
+    save_hf(model, folder, stop_ids=[3, 4], pad_id=0)
+    return folder
+
+
+@pytest.fixture
+def folder(_saved: Path, tmp_path: Path) -> Path:
+    """Return a folder that the test may damage."""
+    return Path(shutil.copytree(_saved, tmp_path / "model"))
+
+
+def leaves(model: Qwen) -> dict[str, np.ndarray]:
+    """Return parameters by dotted name."""
+    flat = nnx.to_flat_state(nnx.state(model))
+    return {".".join(map(str, path)): np.asarray(leaf.get_value()) for path, leaf in flat}
+
+
+def assert_equal(a: Qwen, b: Qwen) -> None:
+    """Compare structure and every bit of every parameter."""
+    assert nnx.graphdef(a) == nnx.graphdef(b)
+    first, second = leaves(a), leaves(b)
+    assert first.keys() == second.keys()
+    for name in first:
+        np.testing.assert_array_equal(first[name], second[name], err_msg=name)
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_the_table_names_every_parameter_once(tied: bool) -> None:
+    config = ModelConfig(**{**CONFIG.__dict__, "tied": tied})
+    state = nnx.to_flat_state(nnx.state(abstract_qwen(config)))
+    names = [name.ours for name in NAMES if not (tied and name.ours == "head")]
+    assert sorted(names) == sorted(".".join(map(str, path)) for path, _ in state)
+    assert len({name.theirs for name in NAMES}) == len(NAMES)
+
+
+def test_float32_round_trip_is_exact(model: Qwen, folder: Path) -> None:
+    assert_equal(load_hf(folder), model)
+
+
+def test_linear_weights_are_transposed_there(model: Qwen, folder: Path) -> None:
+    tensors = load_file(folder / WEIGHTS)
+    ours = model.layers.up.weight[...]
+    np.testing.assert_array_equal(tensors["model.layers.1.mlp.up_proj.weight"], ours[1].T)
+    assert len(tensors) == 3 + 12 * CONFIG.layers
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_half_precision_is_rounded_once_and_read_as_float32(
+    model: Qwen, tmp_path: Path, dtype: str
+) -> None:
+    save_hf(model, tmp_path / "half", dtype=dtype)
+    for name, array in leaves(load_hf(tmp_path / "half")).items():
+        assert array.dtype == np.float32
+        rounded = leaves(model)[name].astype(jnp.dtype(dtype)).astype(np.float32)
+        np.testing.assert_array_equal(array, rounded, err_msg=name)
+    assert json.loads((tmp_path / "half" / "config.json").read_text())["torch_dtype"] == dtype
+
+
+def test_shards_hold_the_same(model: Qwen, tmp_path: Path) -> None:
+    folder = tmp_path / "shards"
+    save_hf(model, folder, max_shard_bytes=1000)
+    files = sorted(path.name for path in folder.glob("*.safetensors"))
+    assert len(files) > 3
+    assert files[0] == f"model-00001-of-{len(files):05d}.safetensors"
+    # A shard is over the limit only where it is one tensor.
+    for path in folder.glob("*.safetensors"):
+        tensors = load_file(path)
+        assert len(tensors) == 1 or sum(t.nbytes for t in tensors.values()) <= 1000
+    index = json.loads((folder / "model.safetensors.index.json").read_text())
+    assert index["metadata"]["total_size"] == sum(a.nbytes for a in leaves(model).values())
+    assert_equal(load_hf(folder), model)
+
+
+def test_loading_sets_what_the_forward_needs(folder: Path) -> None:
+    model = load_hf(folder, dtype="bfloat16", remat=Remat.LAYER)
+    assert (model.dtype, model.remat, model.config) == (jnp.bfloat16, Remat.LAYER, CONFIG)
+    assert model.embed[...].dtype == jnp.float32
+
+
+def test_generation_config(folder: Path) -> None:
+    content = json.loads((folder / "generation_config.json").read_text())
+    assert content == {"bos_token_id": None, "eos_token_id": [3, 4], "pad_token_id": 0}
+
+
+# What cannot be loaded.
+
+
+def test_missing_folder(tmp_path: Path) -> None:
+    with pytest.raises(HFError, match="no model folder .*nowhere.*config.json"):
+        load_hf(tmp_path / "nowhere")
+
+
+def test_missing_config(folder: Path) -> None:
+    (folder / "config.json").unlink()
+    with pytest.raises(HFError, match="config.json is missing"):
+        load_hf(folder)
+
+
+@pytest.mark.parametrize(("text", "error"), [("{", "is not JSON"), ("[]", "holds a list")])
+def test_broken_config(folder: Path, text: str, error: str) -> None:
+    (folder / "config.json").write_text(text)
+    with pytest.raises(HFError, match=f"{folder.name}.*{error}"):
+        load_hf(folder)
+
+
+def change_config(folder: Path, **changes: object) -> None:
+    """Edit config.json."""
+    path = folder / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
+
+
+def test_unsupported_architecture_names_the_folder(folder: Path) -> None:
+    change_config(folder, model_type="qwen3", architectures=["Qwen3ForCausalLM"])
+    with pytest.raises(HFError, match=r"model: model_type 'qwen3'"):
+        load_hf(folder)
+
+
+def test_impossible_shapes_name_the_file(folder: Path) -> None:
+    change_config(folder, num_key_value_heads=3)
+    with pytest.raises(HFError, match=r"config.json: 2 query heads cannot share 3"):
+        load_hf(folder)
+
+
+def test_no_weights(folder: Path) -> None:
+    (folder / WEIGHTS).rename(folder / "pytorch_model.bin")
+    with pytest.raises(HFError, match="neither model.safetensors nor .*only safetensors are read"):
+        load_hf(folder)
+
+
+def test_damaged_weights(folder: Path) -> None:
+    content = (folder / WEIGHTS).read_bytes()
+    (folder / WEIGHTS).write_bytes(content[: len(content) // 2])
+    with pytest.raises(HFError, match="model.safetensors is damaged"):
+        load_hf(folder)
+
+
+def test_all_mismatches_are_named_at_once(folder: Path) -> None:
+    tensors = load_file(folder / WEIGHTS)
+    del tensors["lm_head.weight"], tensors["model.layers.1.mlp.up_proj.weight"]
+    tensors["model.extra"] = np.zeros(3, np.float32)
+    tensors["model.norm.weight"] = np.zeros(9, np.float32)
+    tensors["model.layers.0.self_attn.q_proj.bias"] = np.zeros(8, np.int8)
+    save_file(tensors, folder / WEIGHTS)
+    with pytest.raises(HFError) as error:
+        load_hf(folder)
+    message = str(error.value)
+    for problem in (
+        "5 tensors do not fit",
+        "missing lm_head.weight [20, 8]",
+        "missing model.layers.1.mlp.up_proj.weight [12, 8]",
+        "unexpected model.extra [3]",
+        "model.norm.weight is [9], expected [8]",
+        "model.layers.0.self_attn.q_proj.bias is of type I8",
+    ):
+        assert problem in message
+
+
+def test_tied_model_ignores_a_stored_head_and_old_buffers(folder: Path) -> None:
+    tensors = load_file(folder / WEIGHTS)
+    tensors["model.layers.0.self_attn.rotary_emb.inv_freq"] = np.zeros(2, np.float32)
+    save_file(tensors, folder / WEIGHTS)
+    change_config(folder, tie_word_embeddings=True)
+    assert load_hf(folder).head is None
+
+
+def test_missing_shard(model: Qwen, tmp_path: Path) -> None:
+    save_hf(model, tmp_path / "m", max_shard_bytes=1000)
+    next((tmp_path / "m").glob("model-00002-*")).unlink()
+    with pytest.raises(HFError, match="lacks model-00002-of-.*download it again"):
+        load_hf(tmp_path / "m")
+
+
+def test_index_may_not_point_outside(folder: Path) -> None:
+    (folder / WEIGHTS).rename(folder.parent / WEIGHTS)
+    index = {"weight_map": {"model.norm.weight": f"../{WEIGHTS}"}}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    with pytest.raises(HFError, match="points outside its folder"):
+        load_hf(folder)
+
+
+# Nothing is overwritten, and a folder is whole or absent.
+
+
+def test_foreign_folder_is_not_overwritten(model: Qwen, folder: Path) -> None:
+    change_config(folder, producer=None)
+    before = {path.name: path.read_bytes() for path in folder.iterdir()}
+    with pytest.raises(HFError, match="was not written by an export"):
+        save_hf(model, folder)
+    assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
+    save_hf(model, folder, overwrite=True)
+    assert_equal(load_hf(folder), model)
+
+
+def test_a_file_is_not_overwritten(model: Qwen, tmp_path: Path) -> None:
+    (tmp_path / "m").write_text("mine")
+    with pytest.raises(HFError, match="nothing is overwritten"):
+        save_hf(model, tmp_path / "m")
+    assert (tmp_path / "m").read_text() == "mine"
+
+
+def test_own_and_empty_folders_are_replaced(model: Qwen, folder: Path, tmp_path: Path) -> None:
+    (folder / "stale.txt").write_text("from the export before")
+    save_hf(model, folder)
+    assert not (folder / "stale.txt").exists()
+    (tmp_path / "empty").mkdir()
+    save_hf(model, tmp_path / "empty")
+    assert_equal(load_hf(tmp_path / "empty"), model)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["empty", "model"]
+
+
+def test_failure_leaves_the_old_folder_and_nothing_else(model: Qwen, folder: Path) -> None:
+    before = {path.name: path.read_bytes() for path in folder.iterdir()}
+
+    def fail(unfinished: Path) -> None:
+        assert (unfinished / WEIGHTS).is_file()
+        raise OSError("no space left")
+
+    with pytest.raises(OSError, match="no space left"):
+        save_hf(model, folder, also=fail)
+    assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
+    assert [path.name for path in folder.parent.iterdir()] == ["model"]
+
+
+def test_other_files_are_part_of_the_folder(model: Qwen, tmp_path: Path) -> None:
+    save_hf(model, tmp_path / "m", also=lambda folder: (folder / "r1re.json").write_text("{}"))
+    assert (tmp_path / "m" / "r1re.json").read_text() == "{}"
+
+
+def test_unknown_dtype(model: Qwen, tmp_path: Path) -> None:
+    with pytest.raises(HFError, match="'int8'; expected one of float32, bfloat16, float16"):
+        save_hf(model, tmp_path / "m", dtype="int8")
+    assert not list(tmp_path.iterdir())

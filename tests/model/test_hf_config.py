@@ -1,0 +1,123 @@
+"""config.json in both forms, and what is refused."""
+
+import pytest
+
+from r1re_jax.model.config import PRESETS, ModelConfig
+from r1re_jax.model.hf import HFError, config_from_hf, hf_config
+
+SMALL = ModelConfig(
+    vocab=50,
+    layers=2,
+    width=16,
+    query_heads=4,
+    kv_heads=2,
+    head_size=4,
+    mlp_width=24,
+    rope_theta=5e5,
+    norm_eps=1e-5,
+    tied=True,
+    max_position=128,
+)
+
+# Qwen2.5-0.5B-Instruct's config.json as published: the form of transformers 4.
+PUBLISHED = {
+    "architectures": ["Qwen2ForCausalLM"],
+    "attention_dropout": 0.0,
+    "bos_token_id": 151643,
+    "eos_token_id": 151645,
+    "hidden_act": "silu",
+    "hidden_size": 896,
+    "initializer_range": 0.02,
+    "intermediate_size": 4864,
+    "max_position_embeddings": 32768,
+    "max_window_layers": 21,
+    "model_type": "qwen2",
+    "num_attention_heads": 14,
+    "num_hidden_layers": 24,
+    "num_key_value_heads": 2,
+    "rms_norm_eps": 1e-06,
+    "rope_theta": 1000000.0,
+    "sliding_window": 32768,
+    "tie_word_embeddings": True,
+    "torch_dtype": "bfloat16",
+    "transformers_version": "4.43.1",
+    "use_cache": True,
+    "use_sliding_window": False,
+    "vocab_size": 151936,
+}
+
+# The same in the form of transformers 5.
+NEW_FORM = {
+    **{k: v for k, v in PUBLISHED.items() if k not in ("rope_theta", "torch_dtype")},
+    "rope_parameters": {"rope_type": "default", "rope_theta": 1000000.0},
+    "dtype": "bfloat16",
+    "layer_types": ["full_attention"] * 24,
+    "sliding_window": None,
+    "pad_token_id": None,
+    "eos_token_id": None,
+    "bos_token_id": None,
+}
+
+
+@pytest.mark.parametrize("published", [PUBLISHED, NEW_FORM], ids=["v4", "v5"])
+def test_published_config_is_the_preset(published: dict) -> None:
+    assert config_from_hf(published) == PRESETS["qwen2.5-0.5b"]
+
+
+def test_ours_comes_back() -> None:
+    assert config_from_hf(hf_config(SMALL)) == SMALL
+
+
+@pytest.mark.parametrize(
+    ("ids", "written"), [((), None), ((7,), 7), ((7, 8), [7, 8])], ids=["none", "one", "two"]
+)
+def test_stop_ids(ids: tuple[int, ...], written: int | list[int] | None) -> None:
+    assert hf_config(SMALL, stop_ids=ids, pad_id=0)["eos_token_id"] == written
+
+
+def test_missing_kv_heads_mean_multi_head_attention() -> None:
+    config = config_from_hf({**PUBLISHED, "num_key_value_heads": None})
+    assert config.kv_heads == config.query_heads == 14
+
+
+def test_defaults_are_those_of_transformers() -> None:
+    bare = {k: v for k, v in PUBLISHED.items() if k not in ("rope_theta", "rms_norm_eps")}
+    config = config_from_hf({**bare, "rope_scaling": None, "tie_word_embeddings": False})
+    assert (config.rope_theta, config.norm_eps, config.tied) == (10_000.0, 1e-6, False)
+
+
+def test_another_architecture_is_refused() -> None:
+    with pytest.raises(HFError, match="model_type 'llama'.*LlamaForCausalLM.*expected 'qwen2'"):
+        config_from_hf({"model_type": "llama", "architectures": ["LlamaForCausalLM"]})
+
+
+def test_qwen2_with_another_head_is_refused() -> None:
+    with pytest.raises(HFError, match="Qwen2ForSequenceClassification"):
+        config_from_hf({**PUBLISHED, "architectures": ["Qwen2ForSequenceClassification"]})
+
+
+def test_missing_keys_are_all_named() -> None:
+    with pytest.raises(HFError, match="vocab_size, intermediate_size"):
+        config_from_hf({**PUBLISHED, "vocab_size": None, "intermediate_size": "big"})
+
+
+def test_unsupported_settings_are_all_named() -> None:
+    settings = {
+        "rope_scaling": {"type": "yarn", "factor": 4.0},
+        "use_sliding_window": True,
+        "hidden_act": "gelu",
+    }
+    with pytest.raises(HFError, match="'yarn'.*sliding-window.*'gelu'"):
+        config_from_hf({**PUBLISHED, **settings})
+
+
+@pytest.mark.parametrize(
+    "setting",
+    [
+        {"layer_types": ["full_attention", "sliding_attention"]},
+        {"rope_parameters": {"rope_type": "linear", "rope_theta": 1e6}},
+    ],
+)
+def test_unsupported_settings_of_the_new_form(setting: dict) -> None:
+    with pytest.raises(HFError, match="not implemented"):
+        config_from_hf({**NEW_FORM, **setting})

@@ -1,0 +1,327 @@
+"""Policy: logits and texts of verbatim prompts, and every kind of place it is loaded from."""
+
+import dataclasses
+import json
+import pathlib
+import shutil
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+import pytest
+from flax import nnx
+
+import r1re_jax
+from r1re_jax import policy_source, sharding
+from r1re_jax.model.config import ModelConfig
+from r1re_jax.model.hf import HFError
+from r1re_jax.policy import Limits, Policy, load_policy, save_policy, save_words
+from r1re_jax.policy_source import PolicyError
+from r1re_jax.rollout.rollout import Rollout
+from r1re_jax.task.prompts import PromptEncoder, PromptTemplate
+from tests.oracles import flat_qwen
+from tests.tiny import tiny_guide, tiny_model, tiny_policy, tiny_tokenizer
+
+PROMPTS = [
+    "<|im_start|>user\nAnn likes tea<|im_end|>\n<|im_start|>assistant\n",
+    "Bob saw",
+    "Bob saw a cat near the old mill, " * 3,
+    "Bob saw",
+]
+
+
+@pytest.fixture(scope="module")
+def policy() -> Policy:
+    """One set of random weights; `<|endoftext|>` and some letters stop, so that texts end early."""
+    tokenizer = tiny_tokenizer()
+    template = PromptTemplate(system="Be brief.", instruction="Read and answer.")
+    stops = tokenizer.convert_tokens_to_ids(["a", "e", "i", "o", "u", "t", "n", "s"])
+    return dataclasses.replace(
+        tiny_policy(),
+        encoder=PromptEncoder(tokenizer, template=template, stop_tokens=stops),
+        guide_sha256={"Tiny": tiny_guide().sha256},
+    )
+
+
+@pytest.fixture(scope="module")
+def folder(policy: Policy, tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
+    """The policy as a Hugging Face folder."""
+    place = tmp_path_factory.mktemp("policy") / "export"
+    save_policy(policy, place)
+    return place
+
+
+def named(policy: Policy, factor: float = 1.0) -> dict[str, jax.Array]:
+    """Parameters by dotted name, as checkpoints hold them."""
+    flat = nnx.to_flat_state(nnx.state(policy.model, nnx.Param))
+    return {".".join(map(str, path)): leaf.get_value() * factor for path, leaf in flat}
+
+
+def make_workdir(policy: Policy, place: pathlib.Path, scores: dict[str, float]) -> pathlib.Path:
+    """A work directory whose step s holds the policy's parameters times s."""
+    save_words(policy, place / "policy")
+    with ocp.StandardCheckpointer() as checkpointer:
+        for step in (1, 2, 10):
+            checkpointer.save(place.absolute() / f"checkpoints/{step}/params", named(policy, step))
+    meta = place / "checkpoints/10/meta"
+    meta.mkdir()
+    (meta / "metadata").write_text(json.dumps({"step": 10, "scores": scores}))
+    (place / "config.json").write_text(json.dumps({"config": {}}))
+    return place
+
+
+@pytest.fixture(scope="module")
+def workdir(policy: Policy, tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
+    """Steps 1, 2 and 10; step 2 scored best."""
+    return make_workdir(policy, tmp_path_factory.mktemp("run"), {"1": 0.1, "2": 0.5, "10": 0.4})
+
+
+def test_logits_are_those_of_a_plain_forward(policy: Policy) -> None:
+    random = np.random.default_rng(0)
+    rows = [random.integers(0, 300, length).tolist() for length in (5, 40, 1, 33, 7)]
+    found = policy.logits([*rows, []])
+    params = flat_qwen.parameters(policy.model)
+    assert [logits.shape for logits in found] == [(len(row), 300) for row in [*rows, []]]
+    assert all(logits.dtype == np.float32 for logits in found)
+    with jax.enable_x64(True):
+        oracle = jax.jit(
+            lambda tokens_T: flat_qwen.logits(params, policy.config, tokens_T[None])[0]
+        )
+        for row, logits in zip(rows, found, strict=False):
+            padded = np.array(row + [0] * (40 - len(row)))
+            np.testing.assert_allclose(logits, oracle(padded)[: len(row)], atol=2e-4)
+
+
+def test_logits_refuse_what_the_model_cannot_read(policy: Policy) -> None:
+    with pytest.raises(
+        PolicyError, match="row 1 holds ids from 2 to 300; the model knows 0 to 299"
+    ):
+        policy.logits([[1], [2, 300]])
+    with pytest.raises(PolicyError, match="row 0 holds ids from -1"):
+        policy.logits([[-1]])
+    with pytest.raises(PolicyError, match="row 0 are 513 tokens; the model was made for 512"):
+        policy.logits([[1] * 513])
+
+
+def test_generate_is_a_function_of_its_arguments(policy: Policy) -> None:
+    given = dict(samples=3, max_tokens=8, temperature=1.0, seed=4)
+    first = policy.generate(PROMPTS, **given)
+    assert [len(texts) for texts in first] == [3] * 4
+    assert policy.generate(PROMPTS, **given) == first
+    assert policy.generate(PROMPTS, **given | {"seed": 5}) != first
+
+
+def test_generate_does_not_depend_on_the_other_prompts(policy: Policy) -> None:
+    given = dict(samples=2, max_tokens=8, temperature=1.0, seed=0)
+    together = policy.generate(PROMPTS, **given)
+    turned = policy.generate(PROMPTS[::-1], **given)
+    assert turned == [together[i] for i in (1, 2, 3, 0)]
+    assert policy.generate(PROMPTS[2:3], **given) == together[2:3]
+    # The same prompt a second time is another draw.
+    assert together[1] != together[3]
+
+
+def test_generate_batches_many_samples(policy: Policy, monkeypatch: pytest.MonkeyPatch) -> None:
+    given = dict(samples=2, max_tokens=8, temperature=1.0, seed=0)
+    together = policy.generate(PROMPTS, **given)
+    monkeypatch.setattr("r1re_jax.policy.ROWS", 2)
+    assert policy.generate(PROMPTS, **given) == together
+
+
+def test_texts_end_before_the_stop_token(policy: Policy, monkeypatch: pytest.MonkeyPatch) -> None:
+    ann, likes = policy.tokenizer("Ann likes", add_special_tokens=False)["input_ids"][:2]
+    stop, pad = policy.encoder.stop_ids[0], policy.encoder.pad_id
+    tokens = np.array([[[ann, likes, stop, pad], [likes, ann, likes, ann]]])
+    drawn = Rollout(
+        tokens=tokens,
+        length=np.array([[3, 4]]),
+        logp=np.zeros(tokens.shape),
+        truncated=np.array([[False, True]]),
+    )
+    monkeypatch.setattr("r1re_jax.policy.generate", lambda *_, **__: drawn)
+    decode = policy.tokenizer.decode
+    expected = [decode([ann, likes]), decode([likes, ann, likes, ann])]
+    assert policy.generate(["x"], samples=2, max_tokens=4) == [expected]
+
+
+def test_greedy_text_follows_the_logits(policy: Policy) -> None:
+    prompt = PROMPTS[0]
+    row = policy.tokenizer(prompt, add_special_tokens=False)["input_ids"]
+    assert row[0] == policy.tokenizer.convert_tokens_to_ids("<|im_start|>"), "parsed as special"
+    drawn: list[int] = []
+    while len(drawn) < 5:
+        drawn.append(int(policy.logits([row + drawn])[0][-1].argmax()))
+        if drawn[-1] in policy.encoder.stop_ids:
+            break
+    expected = policy.encoder.decode(drawn)
+    assert policy.generate([prompt], max_tokens=5, temperature=0.0) == [[expected]]
+
+
+def test_generate_refuses_what_has_no_answer(policy: Policy) -> None:
+    assert policy.generate([]) == []
+    with pytest.raises(PolicyError, match="prompt 1 is empty"):
+        policy.generate(["a", ""], max_tokens=2)
+    with pytest.raises(PolicyError, match="samples is 0"):
+        policy.generate(["a"], samples=0)
+    with pytest.raises(PolicyError, match="prompt 0 and 512 further tokens are 5.. tokens"):
+        policy.generate(["a b"], max_tokens=512)
+
+
+def test_a_tokenizer_of_another_model_is_refused(policy: Policy) -> None:
+    with pytest.raises(PolicyError, match="the tokenizer has 300 tokens and the model 64"):
+        dataclasses.replace(policy, model=tiny_model())
+
+
+@pytest.mark.parametrize("value", [0, 1.5, "7"])
+def test_limits_are_numbers_of_tokens(value: object) -> None:
+    with pytest.raises(PolicyError, match="limits.question is"):
+        Limits(question=value)
+
+
+def test_a_saved_policy_comes_back_whole(policy: Policy, folder: pathlib.Path) -> None:
+    loaded = r1re_jax.load_policy(folder)
+    assert loaded.config == policy.config
+    assert loaded.limits == policy.limits
+    assert loaded.guide_sha256 == policy.guide_sha256
+    assert loaded.encoder.template == policy.encoder.template
+    assert loaded.encoder.stop_ids == policy.encoder.stop_ids
+    assert loaded.encoder.guide_tokens(tiny_guide()) == policy.encoder.guide_tokens(tiny_guide())
+    assert loaded.provenance == str(folder)
+    row = [1, 2, 3]
+    np.testing.assert_array_equal(loaded.logits([row])[0], policy.logits([row])[0])
+    recipe = json.loads((folder / "r1re.json").read_text())
+    assert set(recipe) == {"template", "limits", "stop_ids", "guide_sha256"}
+
+
+def test_a_plain_hugging_face_folder_brings_its_stop_tokens(
+    folder: pathlib.Path, tmp_path: pathlib.Path
+) -> None:
+    plain = shutil.copytree(folder, tmp_path / "plain")
+    (plain / "r1re.json").unlink()
+    (plain / "generation_config.json").write_text(json.dumps({"eos_token_id": [7, 2]}))
+    loaded = load_policy(plain)
+    assert loaded.limits == Limits() and loaded.encoder.stop_ids == (2, 0, 7)
+    (plain / "generation_config.json").write_text(json.dumps({"eos_token_id": 9}))
+    assert load_policy(plain).encoder.stop_ids == (2, 0, 9)
+    (plain / "generation_config.json").unlink()
+    config = json.loads((plain / "config.json").read_text())
+    (plain / "config.json").write_text(json.dumps(config | {"eos_token_id": None}))
+    assert load_policy(plain).encoder.stop_ids == (2, 0)
+
+
+def test_computing_in_bfloat16(policy: Policy, folder: pathlib.Path) -> None:
+    loaded = load_policy(folder, dtype="bfloat16")
+    found, exact = loaded.logits([[1, 2, 3]])[0], policy.logits([[1, 2, 3]])[0]
+    assert found.dtype == np.float32
+    assert 0 < np.abs(found - exact).max() < 0.2
+
+
+def test_a_work_directory_gives_its_best_step(policy: Policy, workdir: pathlib.Path) -> None:
+    best = load_policy(workdir)
+    assert best.provenance == f"{workdir}, step 2"
+    assert best.limits == policy.limits and best.encoder.stop_ids == policy.encoder.stop_ids
+    for name, array in named(best).items():
+        np.testing.assert_array_equal(array, named(policy)[name] * 2, name)
+    assert best.generate(PROMPTS[:1], max_tokens=3)
+
+
+def test_a_work_directory_gives_the_step_asked_for(policy: Policy, workdir: pathlib.Path) -> None:
+    loaded = load_policy(workdir, step=10)
+    np.testing.assert_array_equal(named(loaded)["embed"], named(policy)["embed"] * 10)
+    with pytest.raises(PolicyError, match=r"no checkpoint of step 3; there are \[1, 2, 10\]"):
+        load_policy(workdir, step=3)
+
+
+def test_parameters_go_to_a_mesh(workdir: pathlib.Path) -> None:
+    mesh = sharding.make_mesh(data=-1)
+    loaded = load_policy(workdir, mesh=mesh)
+    assert named(loaded)["embed"].sharding.mesh == mesh
+
+
+def test_without_scores_the_newest_step_is_taken(
+    workdir: pathlib.Path, tmp_path: pathlib.Path
+) -> None:
+    copy = shutil.copytree(workdir, tmp_path / "run")
+    (copy / "checkpoints/10/meta/metadata").write_text(json.dumps({"scores": {}}))
+    assert load_policy(copy).provenance.endswith("step 10")
+
+
+def test_a_checkpoint_of_another_model_is_refused(
+    workdir: pathlib.Path, tmp_path: pathlib.Path
+) -> None:
+    copy = shutil.copytree(workdir, tmp_path / "run")
+    config = json.loads((copy / "policy/config.json").read_text())
+    config["intermediate_size"] += 1
+    (copy / "policy/config.json").write_text(json.dumps(config))
+    with pytest.raises(PolicyError, match="does not hold the parameters of its policy"):
+        load_policy(copy)
+
+
+def test_places_without_a_policy_say_what_was_looked_for(tmp_path: pathlib.Path) -> None:
+    with pytest.raises(PolicyError, match="no folder .*/nowhere, and no base:NAME"):
+        load_policy(tmp_path / "nowhere")
+    with pytest.raises(PolicyError, match="expected config.json and safetensors"):
+        load_policy(tmp_path)
+    with pytest.raises(PolicyError, match="is no work directory, so it has no step 3"):
+        load_policy(tmp_path, step=3)
+    with pytest.raises(PolicyError, match="no base policy 'base:nothing'; there are"):
+        load_policy("base:nothing")
+    (tmp_path / "model.gguf").write_bytes(b"GGUF")
+    with pytest.raises(PolicyError, match="is a file; expected a folder"):
+        load_policy(tmp_path / "model.gguf")
+    (tmp_path / "policy").mkdir()
+    with pytest.raises(PolicyError, match="has no checkpoint yet"):
+        load_policy(tmp_path)
+
+
+def test_a_hub_name_is_asked_for(
+    folder: pathlib.Path, monkeypatch: pytest.MonkeyPatch, tmp_path: pathlib.Path
+) -> None:
+    asked = []
+
+    def download(name: str, **settings: object) -> str:
+        asked.append(name)
+        if name == "some/model":
+            return str(folder)
+        raise OSError("offline")
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("huggingface_hub.snapshot_download", download)
+    assert load_policy("some/model").provenance == "some/model"
+    with pytest.raises(PolicyError, match="the hub has not given it: offline"):
+        load_policy("other/model")
+    with pytest.raises(PolicyError, match="no policy './here/model'"):
+        load_policy("./here/model")
+    assert asked == ["some/model", "other/model"]
+
+
+def test_broken_files_are_named(folder: pathlib.Path, tmp_path: pathlib.Path) -> None:
+    copy = shutil.copytree(folder, tmp_path / "copy")
+    (copy / "r1re.json").write_text("{")
+    with pytest.raises(PolicyError, match="r1re.json is not JSON"):
+        load_policy(copy)
+    (copy / "r1re.json").write_text("[]")
+    with pytest.raises(PolicyError, match="r1re.json holds a list"):
+        load_policy(copy)
+    (copy / "r1re.json").write_text('{"limits": {}}')
+    with pytest.raises(PolicyError, match="r1re.json cannot be used: KeyError"):
+        load_policy(copy)
+    (copy / "tokenizer.json").unlink()
+    with pytest.raises(PolicyError, match="has no tokenizer.json"):
+        load_policy(copy)
+
+
+def test_a_foreign_folder_is_not_overwritten(policy: Policy, tmp_path: pathlib.Path) -> None:
+    (tmp_path / "mine.txt").write_text("precious")
+    with pytest.raises(HFError, match="nothing is overwritten"):
+        save_policy(policy, tmp_path)
+    assert (tmp_path / "mine.txt").read_text() == "precious"
+
+
+def test_a_missing_file_of_a_work_directory_is_named(tmp_path: pathlib.Path) -> None:
+    with pytest.raises(PolicyError, match="config.json is missing"):
+        policy_source.read_json(tmp_path / "config.json")
+
+
+def test_the_config_is_the_models(policy: Policy) -> None:
+    assert isinstance(policy.config, ModelConfig) and policy.config is policy.model.config

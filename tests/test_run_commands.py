@@ -1,0 +1,187 @@
+"""The commands evaluate, extract and report: what they print, write and refuse."""
+
+import importlib
+import io
+import json
+import pathlib
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+
+import pytest
+from absl import flags
+
+from r1re_jax.policy import save_policy
+from r1re_jax.task.readers import write_jsonl
+from tests.tiny import GUIDE, tiny_examples, tiny_policy
+
+ROOT = pathlib.Path(__file__).resolve().parents[1]
+LIMITS = ("--limits.guide=448", "--limits.question=128", "--limits.completion=10")
+TAGGED = "<e1>Ann</e1> likes <e2>tea</e2>."
+
+Command = Callable[..., None]
+
+
+def _forget_commands() -> None:
+    """Undo the imports of commands: two that define a flag of one name cannot live together."""
+    values = flags.FLAGS
+    for module, defined in list(values.flags_by_module_dict().items()):
+        if module.startswith("run."):
+            for flag in list(defined):
+                delattr(values, flag.name)
+    for name in [name for name in sys.modules if name.startswith("run.")]:
+        del sys.modules[name]
+
+
+@pytest.fixture
+def command() -> Iterator[Command]:
+    """Run `python -m run.NAME args` in this process; it may raise SystemExit."""
+    _forget_commands()
+
+    def run(name: str, *args: object) -> None:
+        _forget_commands()
+        module = importlib.import_module(f"run.{name}")
+        module.main(flags.FLAGS([name, *map(str, args)]))
+
+    yield run
+    _forget_commands()
+    flags.FLAGS.unparse_flags()
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
+    """A folder with a policy of random weights."""
+    folder = tmp_path_factory.mktemp("model") / "tiny"
+    save_policy(tiny_policy(), folder)
+    return folder
+
+
+@pytest.fixture
+def inputs(tmp_path: pathlib.Path) -> list[str]:
+    """--data and --guide of five examples."""
+    write_jsonl(tmp_path / "data.jsonl", tiny_examples(5))
+    (tmp_path / "guide.md").write_text(GUIDE)
+    return [f"--data={tmp_path / 'data.jsonl'}", f"--guide={tmp_path / 'guide.md'}"]
+
+
+def test_evaluate_writes_figures_and_prints_them(
+    command: Command,
+    model: pathlib.Path,
+    inputs: list[str],
+    tmp_path: pathlib.Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    out = tmp_path / "out"
+    args = [f"--model={model}", *inputs, f"--out={out}", *LIMITS]
+    command("evaluate", *args, "--samples=2", "--batch=2", "--limit=3", "--protocol=held out")
+    metrics = json.loads((out / "metrics.json").read_text())
+    expected = {"n": 3, "k": 2, "temperature": 1.0, "protocol": "held out", "model": str(model)}
+    assert {key: metrics[key] for key in expected} == expected
+    assert len(metrics["data_sha256"]) == 64
+    assert len((out / "predictions.jsonl").read_text().splitlines()) == 3
+    printed = capsys.readouterr()
+    assert "Avg@2" in printed.out
+    assert "Likes" in printed.out
+    assert "[evaluate" in printed.err  # progress
+    with pytest.raises(SystemExit, match=r"run\.evaluate: .*samples is 2 there and 1 here"):
+        command("evaluate", *args, "--batch=2", "--limit=3")
+
+
+def test_evaluate_refuses_bad_input_before_it_loads_the_model(
+    command: Command, inputs: list[str], tmp_path: pathlib.Path
+) -> None:
+    out, data = tmp_path / "out", tmp_path / "data.jsonl"
+    args = ["--model=nowhere", *inputs, f"--out={out}"]
+    good = data.read_text()
+    data.write_text(good.replace("Likes(e2,e1)", "Hates(e2,e1)"))
+    with pytest.raises(SystemExit, match=r"run\.evaluate: .*data\.jsonl:2: .*Hates"):
+        command("evaluate", *args)
+    data.write_text("")
+    with pytest.raises(SystemExit, match=r"run\.evaluate: .*data\.jsonl"):
+        command("evaluate", *args)
+    data.write_text(good)
+    with pytest.raises(SystemExit, match=r"run\.evaluate: .*missing\.md"):
+        command("evaluate", *args, "--guide=missing.md")
+    with pytest.raises(SystemExit, match=r"run\.evaluate: .*nowhere"):
+        command("evaluate", *args)
+    assert not out.exists()
+
+
+def test_evaluate_says_how_to_go_on(
+    command: Command,
+    model: pathlib.Path,
+    inputs: list[str],
+    tmp_path: pathlib.Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def interrupt(*args: object, **kwargs: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("r1re_jax.evaluate.evaluate", interrupt)
+    with pytest.raises(SystemExit, match="interrupted; the same command goes on"):
+        command("evaluate", f"--model={model}", *inputs, f"--out={tmp_path / 'out'}")
+
+
+def test_extract_prints_a_line_for_each_text(
+    command: Command,
+    model: pathlib.Path,
+    inputs: list[str],
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    args = [f"--model={model}", inputs[1], *LIMITS]
+    command("extract", TAGGED, *args)
+    row = json.loads(capsys.readouterr().out)
+    assert list(row) == ["label", "reasoning", "text", "problem"]
+    assert row["label"] is None
+    assert row["problem"]
+    monkeypatch.setattr(sys, "stdin", io.StringIO(f"{TAGGED}\n{TAGGED.replace('tea', 'milk')}\n"))
+    command("extract", *args, "-")
+    rows = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert len(rows) == 2
+    assert rows[0] == row
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("no marks", r"text:1: expected the marks <e1>.*found none"),
+        ("<e2>a</e2> then <e1>b</e1>", r"text:1: .*found <e2> </e2> <e1> </e1>"),
+        ("<e1>a</e1> alone", r"text:1: .*found <e1> </e1>"),
+    ],
+)
+def test_extract_refuses_bad_marks(
+    command: Command, inputs: list[str], text: str, message: str
+) -> None:
+    with pytest.raises(SystemExit, match=message):
+        command("extract", "--model=nowhere", inputs[1], text)
+
+
+def test_extract_names_the_line_of_standard_input(
+    command: Command, inputs: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys, "stdin", io.StringIO(f"{TAGGED}\nwithout\n"))
+    with pytest.raises(SystemExit, match=r"run\.extract: standard input:2: expected the marks"):
+        command("extract", "--model=nowhere", inputs[1], "-")
+
+
+def test_report_prints_the_path(
+    command: Command, tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "metrics.jsonl").write_text('{"step": 1, "reward": 0.5}\n')
+    command("report", f"--workdir={tmp_path}")
+    assert capsys.readouterr().out.splitlines()[-1] == str(tmp_path / "report.html")
+    with pytest.raises(SystemExit, match=r"run\.report: no work directory at"):
+        command("report", f"--workdir={tmp_path / 'missing'}")
+
+
+@pytest.mark.parametrize(
+    ("name", "shown"), [("evaluate", "--samples"), ("extract", "--guide"), ("report", "--workdir")]
+)
+def test_help(name: str, shown: str) -> None:
+    process = subprocess.run(
+        [sys.executable, "-m", f"run.{name}", "--help"], cwd=ROOT, capture_output=True, text=True
+    )
+    assert shown in process.stdout
+    assert f"python -m run.{name}" in process.stdout
+    assert "Error" not in process.stderr

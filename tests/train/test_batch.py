@@ -1,0 +1,73 @@
+"""Micro-batches tile a step, and what does not fit is refused by name."""
+
+import dataclasses
+
+import hypothesis
+import hypothesis.strategies as st
+import numpy as np
+import pytest
+
+from r1re_jax.model.tree import Level, LimitError, Tree
+from r1re_jax.task.lessons import Lesson
+from r1re_jax.train.batch import blocks, check_mesh, completion_level, prompt_levels
+from r1re_jax.train.settings import SFTSettings
+from tests.tiny import tiny_examples, tiny_guide, tiny_policy
+from tests.train.world import LIMITS, mesh_of
+
+
+@hypothesis.given(st.integers(1, 5), st.integers(1, 6), st.data())
+def test_blocks_cover_every_question_once(trees: int, questions: int, data: st.DataObject) -> None:
+    sizes = [m for m in range(questions) if m == 0 or questions % m == 0]
+    sizes += [k * questions for k in range(1, trees + 1) if trees % k == 0]
+    micro_batch = data.draw(st.sampled_from(sizes))
+    SFTSettings(trees=trees, questions=questions, micro_batch=micro_batch)
+    number = np.arange(trees * questions).reshape(trees, questions)
+    parts = [block.of(number) for block in blocks(trees, questions, micro_batch)]
+    assert sorted(np.concatenate([part.ravel() for part in parts])) == [*range(number.size)]
+    assert {part.size for part in parts} == {micro_batch or number.size}
+    assert len({part.shape for part in parts}) == 1, "one shape, one program"
+
+
+def test_a_block_of_a_tree_keeps_questions_under_their_guide() -> None:
+    def level(*shape: int) -> Level:
+        return Level(np.arange(np.prod(shape)).reshape(shape), np.zeros(shape[:-1], np.int32))
+
+    tree = Tree(level(4, 3), level(4, 2, 3), level(4, 2, 5, 3))
+    block = [*blocks(4, 2, 4)][1].of_tree(tree)
+    np.testing.assert_array_equal(block.guide.tokens, tree.guide.tokens[2:4])
+    np.testing.assert_array_equal(block.completion.tokens, tree.completion.tokens[2:4])
+    block = [*blocks(4, 2, 1)][5].of_tree(tree)
+    np.testing.assert_array_equal(block.guide.tokens, tree.guide.tokens[2:3])
+    np.testing.assert_array_equal(block.question.tokens, tree.question.tokens[2:3, 1:2])
+
+
+def test_prompts_and_completions_are_encoded_and_padded() -> None:
+    encoder = tiny_policy().encoder
+    lesson = Lesson(tiny_guide(), tuple(tiny_examples(2)))
+    guide, question = prompt_levels([lesson, lesson], encoder, LIMITS)
+    assert guide.tokens.shape == (2, LIMITS.guide)
+    assert question.tokens.shape == (2, 2, LIMITS.question)
+    tokens = encoder.question_tokens(lesson.examples[1])
+    assert question.tokens[1, 1, : question.length[1, 1]].tolist() == tokens
+    completion = completion_level([["tea"], ["cat"]], encoder, LIMITS, names=["a", "b"])
+    assert completion.tokens.shape == (2, 1, 1, LIMITS.completion)
+    stop = completion.tokens[0, 0, 0, completion.length[0, 0, 0] - 1]
+    assert stop == encoder.stop_ids[0], "the stop token is trained"
+
+
+@pytest.mark.parametrize(
+    ("limits", "expected"),
+    [({"guide": 5}, "1 of 1 guides"), ({"question": 8}, r"2 of 2 questions .* \(e1\)")],
+)
+def test_what_is_too_long_is_counted_and_named(limits: dict, expected: str) -> None:
+    lesson = Lesson(tiny_guide(), tuple(tiny_examples(2)))
+    with pytest.raises(LimitError, match=expected):
+        prompt_levels([lesson], tiny_policy().encoder, dataclasses.replace(LIMITS, **limits))
+
+
+def test_questions_that_a_mesh_cannot_share_evenly_are_refused() -> None:
+    mesh = mesh_of(2, 2, 2)
+    check_mesh(1, 8, 0, mesh=mesh, phase="grpo")
+    check_mesh(2, 8, 4, mesh=mesh, phase="grpo")
+    with pytest.raises(ValueError, match="grpo: 2 questions of a tree are computed at a time, by"):
+        check_mesh(1, 8, 2, mesh=mesh, phase="grpo")

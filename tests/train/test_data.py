@@ -1,0 +1,175 @@
+"""What a run trains and evaluates on: every kind opened in one place, every limit checked first."""
+
+import dataclasses
+import pathlib
+from typing import Any
+
+import pytest
+
+from r1re_jax.model.tree import LimitError
+from r1re_jax.task.readers import write_jsonl
+from r1re_jax.task.relations import DataError, GuideError
+from r1re_jax.train.data import check_prompts, open_sets, open_training
+from r1re_jax.train.settings import DataKind, EvalSetSettings, SourceSettings
+from tests.tiny import GUIDE, tiny_policy
+from tests.train import world
+
+
+@pytest.fixture
+def inputs(tmp_path: pathlib.Path) -> pathlib.Path:
+    write_jsonl(tmp_path / "train.jsonl", world.examples())
+    write_jsonl(tmp_path / "test.jsonl", world.examples(3))
+    (tmp_path / "guide.md").write_text(GUIDE)
+    return tmp_path
+
+
+def _source(inputs: pathlib.Path, **changes: Any) -> SourceSettings:
+    fixed = {
+        "kind": DataKind.JSONL,
+        "path": str(inputs / "train.jsonl"),
+        "guide": str(inputs / "guide.md"),
+    }
+    return SourceSettings(**{**fixed, **changes})
+
+
+def _set(inputs: pathlib.Path, **changes: Any) -> EvalSetSettings:
+    return EvalSetSettings(**{**dataclasses.asdict(_source(inputs)), **changes})
+
+
+def test_jsonl_with_a_guide(inputs: pathlib.Path) -> None:
+    data = open_training(_source(inputs), seed=1)
+    assert len(data.examples) == 16 and data.guide.title == "Tiny"
+    lessons = data.source(2, 3).lessons(0)
+    assert [len(lesson.examples) for lesson in lessons] == [3, 3]
+    assert lessons == data.source(2, 3).lessons(0)
+    assert lessons != open_training(_source(inputs), seed=2).source(2, 3).lessons(0)
+    assert len(data.sha256) == 2, "data and guide"
+    (inputs / "guide.md").write_text(GUIDE.replace("fond", "proud"))
+    changed = open_training(_source(inputs), seed=1).sha256
+    assert [changed[name] == hash for name, hash in data.sha256.items()].count(False) == 1
+
+
+def test_sets_are_cut_only_where_asked(inputs: pathlib.Path) -> None:
+    sets = open_sets({"all": _set(inputs), "few": _set(inputs, limit=2)})
+    assert [len(one.examples) for one in sets.values()] == [16, 2]
+    assert sets["few"].examples == sets["all"].examples[:2]
+    assert len(sets["all"].sha256) == 64
+
+
+def test_the_official_text_form_has_a_packaged_guide(tmp_path: pathlib.Path) -> None:
+    path = tmp_path / "train.txt"
+    path.write_text(
+        '1\t"A <e1>flood</e1> after <e2>rain</e2>."\nCause-Effect(e2,e1)\nComment: none\n\n'
+    )
+    official = _source(tmp_path, kind=DataKind.SEMEVAL2010, path=str(path), guide="")
+    data = open_training(official, seed=0)
+    assert data.examples[0].label == "Cause-Effect(e2,e1)"
+    assert "Cause-Effect(e2,e1)" in data.guide.schema
+    same = dataclasses.replace(official, guide="packaged:semeval2010_short")
+    assert open_training(same, seed=0).guide == data.guide
+
+
+def test_the_hub_is_asked_where_no_path_is_given(
+    tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = []
+    monkeypatch.setattr(
+        "r1re_jax.train.data.load_hub_semeval2010",
+        lambda split: asked.append(split) or list(world.examples(2)),
+    )
+    hub = {"kind": DataKind.SEMEVAL2010, "path": "", "guide": ""}
+    assert open_training(_source(tmp_path, **hub), seed=0).sha256 == {}
+    assert open_sets({"test": _set(tmp_path, **hub)})["test"].sha256 == ""
+    assert asked == ["train", "test"]
+
+
+@pytest.mark.parametrize(
+    ("changes", "error", "expected"),
+    [
+        ({"path": "absent.jsonl"}, DataError, "no data file 'absent.jsonl'"),
+        ({"path": ""}, DataError, "needs `path`"),
+        ({"guide": ""}, DataError, "needs `guide`, a Markdown file or packaged:NAME"),
+        ({"guide": "packaged:absent"}, DataError, "no packaged guide 'absent'"),
+        ({"options": {"relations": 3}}, DataError, "has no options"),
+    ],
+)
+def test_what_cannot_be_opened_is_named(
+    inputs: pathlib.Path, changes: dict, error: type, expected: str
+) -> None:
+    with pytest.raises(error, match=expected):
+        open_training(_source(inputs, **changes), seed=0)
+
+
+def test_a_guide_without_relations_and_a_bad_line_are_named(inputs: pathlib.Path) -> None:
+    (inputs / "bare.md").write_text("# Bare\n\n## Relations\n")
+    with pytest.raises(GuideError, match="bare.md.*no relations"):
+        open_training(_source(inputs, guide=str(inputs / "bare.md")), seed=0)
+    lines = (inputs / "train.jsonl").read_text().splitlines()
+    (inputs / "bad.jsonl").write_text("\n".join([*lines[:3], lines[3].replace("Ann", "Bob", 1)]))
+    with pytest.raises(DataError, match="bad.jsonl:4"):
+        open_training(_source(inputs, path=str(inputs / "bad.jsonl")), seed=0)
+
+
+@pytest.mark.parametrize(
+    ("limits", "expected"),
+    [
+        ({"guide": 20}, "1 of 1 guides"),
+        ({"question": 20}, "16 of 16 questions"),
+        ({"completion": 20}, "16 of 16 completions"),
+    ],
+)
+def test_every_limit_is_checked_before_the_run(
+    inputs: pathlib.Path, limits: dict, expected: str
+) -> None:
+    settings = world.settings(inputs, **{f"limits__{k}": v for k, v in limits.items()})
+    data = open_training(settings.data.train, seed=0)
+    with pytest.raises(LimitError, match=expected):
+        check_prompts(data, [], encoder=tiny_policy().encoder, settings=settings)
+
+
+def test_evaluation_sets_are_checked_too(inputs: pathlib.Path) -> None:
+    settings = world.settings(inputs, limits__question=40)
+    sets = open_sets(settings.data.eval)
+    data = dataclasses.replace(open_training(settings.data.train, seed=0), guide=None)
+    with pytest.raises(LimitError, match="of 3 questions"):
+        check_prompts(data, [*sets.values()], encoder=tiny_policy().encoder, settings=settings)
+
+
+def test_training_examples_need_labels(inputs: pathlib.Path) -> None:
+    settings = world.settings(inputs)
+    data = open_training(settings.data.train, seed=0)
+    blank = dataclasses.replace(data.examples[1], label="")
+    data = dataclasses.replace(data, examples=(data.examples[0], blank))
+    with pytest.raises(DataError, match="1 of 2 training examples have no label, e1 first"):
+        check_prompts(data, [], encoder=tiny_policy().encoder, settings=settings)
+
+
+def test_miniworld_makes_lessons_as_they_are_asked_for() -> None:
+    stages = [{"until": 5, "kinds": ["invented"], "fewest": 2, "most": 3}]
+    settings = SourceSettings(kind=DataKind.MINIWORLD, options={"stages": stages})
+    data = open_training(settings, seed=4)
+    lessons = data.source(2, 3).lessons(1)
+    assert [len(lesson.examples) for lesson in lessons] == [3, 3]
+    assert data.guide is None and data.examples == ()
+    sets = open_sets(
+        {
+            name: EvalSetSettings(
+                kind=DataKind.MINIWORLD, limit=5, options={"domain": name, "count": 7}
+            )
+            for name in ("general", "medical")
+        }
+    )
+    assert [len(one.examples) for one in sets.values()] == [5, 5]
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        ({"stage": []}, "unknown option 'stage' of miniworld; did you mean 'stages'?"),
+        ({"seed": 3}, "unknown option 'seed' of miniworld"),
+        ({"stages": [{"untl": 3, "kinds": []}]}, "untl"),
+    ],
+)
+def test_options_of_miniworld_are_checked(options: dict, expected: str) -> None:
+    with pytest.raises(ValueError, match=expected):
+        open_training(SourceSettings(kind=DataKind.MINIWORLD, options=options), seed=0)

@@ -1,0 +1,172 @@
+"""A run small enough for tests: a base policy in Hugging Face form, data, and a config for both."""
+
+import dataclasses
+import json
+import pathlib
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from flax import nnx
+from jax.sharding import Mesh
+
+from r1re_jax import sharding
+from r1re_jax.policy import Limits, save_policy
+from r1re_jax.report.writers import JsonlWriter
+from r1re_jax.task.lessons import DatasetSource
+from r1re_jax.task.readers import write_jsonl
+from r1re_jax.task.relations import Example, parse_tagged
+from r1re_jax.train.config import read_settings
+from r1re_jax.train.loop import Hooks, Outcome, run_training
+from r1re_jax.train.settings import Settings
+from r1re_jax.train.signals import Stopped
+from r1re_jax.train.state import Layout, flat_params, model_layout
+from tests.tiny import GUIDE, tiny_guide, tiny_policy
+
+LIMITS = Limits(guide=400, question=48, completion=56)
+
+
+def one_device_mesh() -> Mesh:
+    """The mesh of the first device: tests compute on one, however many there are."""
+    return mesh_of(1, 1, 1)
+
+
+def mesh_of(data: int, fsdp: int, tensor: int) -> Mesh:
+    """A mesh of the first devices."""
+    devices = np.array(jax.devices()[: data * fsdp * tensor]).reshape(data, fsdp, tensor)
+    return Mesh(devices, sharding.MESH_AXES, axis_types=(jax.sharding.AxisType.Auto,) * 3)
+
+
+def layout_on(mesh: Mesh) -> tuple[Layout, dict[str, np.ndarray]]:
+    """The tiny policy's layout, and its parameters on the host."""
+    policy = tiny_policy()
+    params = flat_params(nnx.state(policy.model))
+    return model_layout(policy.model, mesh), jax.device_get(params)
+
+
+def examples(count: int = 16) -> tuple[Example, ...]:
+    """Short sentences with short thoughts."""
+    labels, things = tiny_guide().schema.labels, ("tea", "mill", "cat", "Bob")
+    marked = (f"<e1>Ann</e1> likes <e2>{things[i % 4]}</e2>." for i in range(count))
+    return tuple(
+        dataclasses.replace(
+            parse_tagged(text, id=f"e{i}", label=labels[i % len(labels)]), reasoning=f"tea {i}"
+        )
+        for i, text in enumerate(marked)
+    )
+
+
+def source(*, trees: int, questions: int) -> DatasetSource:
+    """Lessons from sixteen tiny examples."""
+    return DatasetSource(tiny_guide(), examples(), trees=trees, questions=questions)
+
+
+def write_inputs(folder: pathlib.Path) -> pathlib.Path:
+    """Write base/ (a policy), train.jsonl, test.jsonl and guide.md; return the folder."""
+    save_policy(tiny_policy(tied=True), folder / "base")
+    write_jsonl(folder / "train.jsonl", examples())
+    write_jsonl(folder / "test.jsonl", examples(3))
+    (folder / "guide.md").write_text(GUIDE)
+    return folder
+
+
+def config(inputs: pathlib.Path, **changes: Any) -> dict[str, Any]:
+    """Two SFT steps, then two of GRPO; `changes` by dotted key with __ for a dot."""
+    data = {"kind": "jsonl", "guide": str(inputs / "guide.md")}
+    values = {
+        "seed": 3,
+        "model": {"path": str(inputs / "base")},
+        "limits": dataclasses.asdict(LIMITS),
+        "data": {
+            "train": {**data, "path": str(inputs / "train.jsonl")},
+            "eval": {"held": {**data, "path": str(inputs / "test.jsonl")}},
+        },
+        "sft": {"steps": 2, "questions": 2, "learning_rate": 1e-2},
+        "grpo": {"steps": 2, "questions": 2, "group": 2, "learning_rate": 1e-2, "chunk": 8},
+        "evaluate": {"every": 0, "samples": 0},
+        "checkpoint": {"every": 1, "keep": 2},
+        "log": {"completions": 1},
+    }
+    for key, value in changes.items():
+        *path, last = key.split("__")
+        section = values
+        for name in path:
+            section = section[name]
+        section[last] = value
+    return values
+
+
+def settings(inputs: pathlib.Path, **changes: Any) -> Settings:
+    """The config, typed."""
+    return read_settings(config(inputs, **changes))
+
+
+def train(
+    settings: Settings,
+    workdir: pathlib.Path,
+    *,
+    poll: Callable[[], None] = lambda: None,
+    progress: Any = None,
+) -> Outcome:
+    """Run on one device, with metrics.jsonl."""
+
+    def writers(resume_step: int) -> Sequence[JsonlWriter]:
+        return (JsonlWriter(workdir / "metrics.jsonl", resume_step=resume_step),)
+
+    hooks = Hooks(poll=poll, writers=writers, progress=progress)
+    return run_training(settings, workdir, hooks=hooks, mesh=one_device_mesh())
+
+
+@dataclasses.dataclass
+class StopAt:
+    """Asks to stop when a note of the run's progress begins with `note` in step number `step`."""
+
+    note: str
+    step: int
+    signal: int = 15
+
+    def __post_init__(self) -> None:
+        self._steps, self._stop = 0, False
+
+    def phase(self, name: str, *, total: int, done: int = 0) -> None:
+        """Part of `Progress`; counts from where the phase begins."""
+        self._done = done
+
+    def tick(self, note: str = "") -> None:
+        """Part of `Progress`."""
+        if note.startswith(self.note):
+            self._steps += 1
+            self._stop = self._steps >= self.step
+
+    def poll(self) -> None:
+        """What the run polls."""
+        if self._stop:
+            raise Stopped(self.signal)
+
+
+def metrics(workdir: pathlib.Path) -> list[dict[str, Any]]:
+    """Lines of metrics.jsonl without what differs between equal runs."""
+    rows = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+    return [
+        {k: v for k, v in row.items() if not k.startswith(("seconds", "tokens_per_second"))}
+        for row in rows
+    ]
+
+
+def checkpoint_params(workdir: pathlib.Path, step: int) -> Mapping[str, np.ndarray]:
+    """Parameters of a checkpoint, read without a layout."""
+    import orbax.checkpoint as ocp
+
+    policy = tiny_policy(tied=True)
+    layout = model_layout(policy.model, one_device_mesh())
+    with ocp.StandardCheckpointer() as checkpointer:
+        folder = (workdir / "checkpoints" / str(step) / "params").absolute()
+        return jax.device_get(checkpointer.restore(folder, dict(layout.shapes)))
+
+
+def assert_bit_equal(one: Mapping[str, np.ndarray], other: Mapping[str, np.ndarray]) -> None:
+    """Same names, same bits."""
+    assert one.keys() == other.keys()
+    for name in one:
+        np.testing.assert_array_equal(one[name], other[name], err_msg=name, strict=True)

@@ -1,7 +1,7 @@
 """Write miniworld to files, or make the untrained policy that its base policy grows from.
 
-python -m run.miniworld --fresh=DIR            tokenizer and random weights, a Hugging Face folder
-python -m run.miniworld --data=DIR             held-out sets: JSON lines and guides, as run.evaluate reads
+python -m run.miniworld --fresh=DIR     tokenizer and random weights, a Hugging Face folder
+python -m run.miniworld --data=DIR      held-out sets, JSON lines and guides, as run.evaluate reads
 """
 
 import pathlib

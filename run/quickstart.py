@@ -1,8 +1,9 @@
 """Run the main job on the embedded default: SFT, GRPO, evaluation, export, report.
 
-python -m run.quickstart        R1RE_SEED sets the training seed, R1RE_OUT the folder (runs/quickstart)
+python -m run.quickstart
 
-The last line is JSON. A second call goes on where the first was interrupted.
+R1RE_SEED sets the training seed, R1RE_OUT the folder (runs/quickstart). The last line is JSON. A
+second call goes on where the first was interrupted.
 """
 
 import contextlib

@@ -1,4 +1,4 @@
-"""Write the HTML report of a run from its work directory.
+"""Write the HTML report of a run, and its curves as PNG, from its work directory.
 
 python -m run.report --workdir=W
 """
@@ -13,7 +13,7 @@ WORKDIR = flags.DEFINE_string("workdir", None, "work directory of run.train", re
 
 
 def main(argv: list[str]) -> None:
-    """Write W/report.html and print its path."""
+    """Write W/report.html and W/curves/*.png and print the page's path."""
     if len(argv) > 1:
         raise app.UsageError(f"unexpected arguments {argv[1:]}; the folder goes into --workdir")
     try:

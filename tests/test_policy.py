@@ -32,13 +32,12 @@ PROMPTS = [
 
 @pytest.fixture(scope="module")
 def policy() -> Policy:
-    """One set of random weights; `<|endoftext|>` and some letters stop, so that texts end early."""
+    """Random weights, with a template and stop tokens that are not the default ones."""
     tokenizer = tiny_tokenizer()
     template = PromptTemplate(system="Be brief.", instruction="Read and answer.")
-    stops = tokenizer.convert_tokens_to_ids(["a", "e", "i", "o", "u", "t", "n", "s"])
     return dataclasses.replace(
         tiny_policy(),
-        encoder=PromptEncoder(tokenizer, template=template, stop_tokens=stops),
+        encoder=PromptEncoder(tokenizer, template=template, stop_tokens=["<|im_start|>"]),
         guide_sha256={"Tiny": tiny_guide().sha256},
     )
 
@@ -198,11 +197,11 @@ def test_a_plain_hugging_face_folder_brings_its_stop_tokens(
 ) -> None:
     plain = shutil.copytree(folder, tmp_path / "plain")
     (plain / "r1re.json").unlink()
-    (plain / "generation_config.json").write_text(json.dumps({"eos_token_id": [7, 2]}))
+    (plain / "generation_config.json").write_text(json.dumps({"eos_token_id": [1, 2]}))
     loaded = load_policy(plain)
-    assert loaded.limits == Limits() and loaded.encoder.stop_ids == (2, 0, 7)
-    (plain / "generation_config.json").write_text(json.dumps({"eos_token_id": 9}))
-    assert load_policy(plain).encoder.stop_ids == (2, 0, 9)
+    assert loaded.limits == Limits() and loaded.encoder.stop_ids == (2, 0, 1)
+    (plain / "generation_config.json").write_text(json.dumps({"eos_token_id": 1}))
+    assert load_policy(plain).encoder.stop_ids == (2, 0, 1)
     (plain / "generation_config.json").unlink()
     config = json.loads((plain / "config.json").read_text())
     (plain / "config.json").write_text(json.dumps(config | {"eos_token_id": None}))

@@ -56,15 +56,15 @@ def attend(query: jax.Array, parts: Sequence[Part]) -> jax.Array:
     return (merged / total[..., None]).astype(query.dtype)
 
 
-# Scores are the largest arrays of the model: the backward pass computes them again from query and key.
+# Scores are the largest arrays of the model: the backward pass computes them again.
 @functools.partial(jax.checkpoint, prevent_cse=False)  # it runs inside the scan over layers
 def _partial(
     query: jax.Array, key: jax.Array, value: jax.Array, mask: jax.Array
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Return max [*B, T, H], Σexp [*B, T, H] and weighted values [*B, T, H, A] over one part.
 
-    All rows below an ancestor are laid out as one matrix of queries per key-value head, so that both
-    products are plain batched GEMMs and no score array is ever transposed.
+    All rows below an ancestor are laid out as one matrix of queries per key-value head, so that
+    both products are plain batched GEMMs and no score array is ever transposed.
     """
     *batch, tokens, heads, size = query.shape
     keys, kv_heads = key.shape[-3:-1]

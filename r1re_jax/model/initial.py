@@ -2,100 +2,204 @@
 
 Quoting from the prompt takes two heads in a row (Olsson et al., arXiv 2209.11895): one that brings
 each token the one before it, and one that looks for the token whose predecessor equals the current
-one and says it. From random weights this pair forms late, and all that a guide's reader has to
-learn waits for it: measured in docs/decisions.md. As in mimetic initialization (Trockman and
-Kolter, arXiv 2305.09828) the pair is put in place before training, which may change it as it likes.
+one and says it. Naming the line that a quotation stands in takes two more: one that tells every
+token how its line began, and one that goes from the quotation to its place in the guide. From
+random weights these form late, and all that a guide's reader has to learn waits for them: measured
+in docs/decisions.md. As in mimetic initialization (Trockman and Kolter, arXiv 2305.09828) they are
+put in place before training, which may change them as it likes.
+
+Heads are wired along random orthonormal directions: `content` and `copied` read a token's
+embedding, `one_back`, `three_back` and `line` are where its surroundings are written. Content is
+compared in the slow rotary pairs, which hardly turn over a whole prompt; positions are told apart
+by constant biases in the fast and middle ones.
 """
 
-import enum
+import dataclasses
 
 import jax.numpy as jnp
 import numpy as np
 
+from r1re_jax.model.config import ModelConfig
 from r1re_jax.model.qwen import Qwen
 
-
-class Initial(enum.StrEnum):
-    """How random weights are drawn."""
-
-    NORMAL = "normal"  # every matrix from a normal distribution
-    QUOTING = "quoting"  # and two heads wired to quote from the prompt
-
-
-# Gains, chosen so that at the start a match outweighs chance overlaps and position outweighs content.
+# Gains, chosen so that at the start a match outweighs chance overlaps and position outweighs
+# content.
 _POSITION_GAIN = 6.3
+_DISTANCE_GAIN = 4.5
 _MATCH_GAIN = 1.7
-_PREDECESSOR_GAIN = 0.25
+_BACK_GAIN = 0.3
 _COPY_GAIN = 0.3
 _RESIDUAL_SCALE = 0.1
-# Rotary pairs: the fastest tell neighbours apart, the slow ones hardly turn over a whole prompt.
-_FAST_PAIRS = 3
-_SLOW_FROM = 0.45
+# Rotary pairs by use, as parts of half a head: neighbours, tens of tokens, content.
+_FAST, _MIDDLE = 0.2, 0.45
 
 
-def wire_quoting(model: Qwen, *, seed: int = 0) -> None:
-    """Rewire the first two layers of a randomly drawn model in place.
+@dataclasses.dataclass(frozen=True)
+class _Wires:
+    """Weights to change, as NumPy arrays [L, in, out], and the directions along which to wire."""
 
-    Layer 0, head 0 attends to the token before: with zero weights, biases k = (s, 0) and
-    q = s·(cos θ_f, −sin θ_f) in the fast rotary pairs f give the score s² Σ_f cos(θ_f (i − j − 1)), whose
-    peak is j = i − 1. It writes U·x of that token along B; the next head of the same group does so for
-    the token before that. In layer 1 the first head of each
-    key-value head has queries U·x and keys Bᵀ·x in the slow pairs, so that a token attends to where
-    it stood before, one place further on, and adds what it finds there to its own prediction.
+    config: ModelConfig
+    query: np.ndarray
+    key: np.ndarray
+    value: np.ndarray
+    output: np.ndarray
+    query_bias: np.ndarray
+    key_bias: np.ndarray
+    content: np.ndarray
+    one_back: np.ndarray
+    three_back: np.ndarray
+    line: np.ndarray
+    copied: tuple[np.ndarray, ...]
+
+    def head(self, number: int) -> slice:
+        """Columns of query head (or rows of its output) `number`; of a key head likewise."""
+        size = self.config.head_size
+        return slice(number * size, (number + 1) * size)
+
+    def pairs(self, low: float, high: float) -> np.ndarray:
+        """Rotary pairs between two parts of half a head."""
+        half = self.config.head_size // 2
+        return np.arange(int(low * half), int(high * half))
+
+    def slow(self) -> np.ndarray:
+        """Both halves' dimensions of the slow pairs."""
+        return _slow(self.config)
+
+    def clear(self, layer: int, number: int) -> None:
+        """Forget what a query head asks and writes."""
+        self.query[layer, :, self.head(number)] = 0
+        self.output[layer, self.head(number)] = 0
+
+    def place(self, layer: int, head: int, pairs: np.ndarray, *, gain: float, shift: float) -> None:
+        """Give a query head of the first group the bias whose scores peak `shift` tokens back.
+
+        k = (s, 0) and q = s·(cos θ_f d, −sin θ_f d) in pairs f give the score
+        s² Σ_f cos(θ_f (i − j − d)).
+        """
+        half = self.config.head_size // 2
+        angle = shift * self.config.rope_theta ** (-pairs / half)
+        self.key_bias[layer, pairs] = gain
+        start = self.head(head).start
+        self.query_bias[layer, start + pairs] = gain * np.cos(angle)
+        self.query_bias[layer, start + half + pairs] = -gain * np.sin(angle)
+
+
+def wire_reading(model: Qwen, *, anchor: int, seed: int = 0) -> None:
+    """Rewire the first three layers of a randomly drawn model in place.
 
     Args:
-        model: at least two layers and a tied head, whose rows the copied tokens are read by.
-        seed: of the random projections.
+        model: at least three layers, two query heads to a key-value head, and a tied head, whose
+            rows the copied tokens are read by.
+        anchor: the token that begins a line of the guide, before the name of its relation.
+        seed: of the random directions.
 
     Raises:
-        ValueError: a model of one layer, with a head of its own, or too small a head.
+        ValueError: a model of another form.
     """
     config = model.config
-    half, width, size = config.head_size // 2, config.width, config.head_size
-    slow = np.arange(int(_SLOW_FROM * half), half)
-    if config.layers < 2 or not config.tied or half <= _FAST_PAIRS or 2 * len(slow) > width:
-        raise ValueError(
-            "wiring needs two layers, a tied head, head_size above"
-            f" {2 * _FAST_PAIRS} and no wider than the model; found {config}"
-        )
-    slow = np.concatenate([slow, slow + half])
-    rng = np.random.default_rng(seed)
-    content, predecessor, second = (_orthonormal(rng, width, len(slow)) for _ in range(3))
-    blocks = model.layers
-    linears = (blocks.query, blocks.key, blocks.value, blocks.output, blocks.down)
-    query, key, value, output, down = (np.array(linear.weight[...]) for linear in linears)
-    query_bias, key_bias = np.array(blocks.query.bias[...]), np.array(blocks.key.bias[...])
-    # A token must still be recognisable behind layer 0: its branches start small.
-    output *= _RESIDUAL_SCALE
-    down *= _RESIDUAL_SCALE
-
-    angle = config.rope_theta ** (-np.arange(_FAST_PAIRS) / half)
     group = config.query_heads // config.kv_heads
-    key[0, :, :size] = value[0, :, :size] = 0
-    key_bias[0, :_FAST_PAIRS] = _POSITION_GAIN
-    value[0][:, slow] = content
-    for back, written in enumerate((predecessor, second)[:group], start=1):
-        mine = (back - 1) * size
-        query[0, :, mine : mine + size] = output[0, mine : mine + size] = 0
-        query_bias[0, mine : mine + _FAST_PAIRS] = _POSITION_GAIN * np.cos(back * angle)
-        high = mine + half
-        query_bias[0, high : high + _FAST_PAIRS] = -_POSITION_GAIN * np.sin(back * angle)
-        output[0, mine + slow] = _PREDECESSOR_GAIN * written.T
+    notes = 2 * len(_slow(config)) + config.kv_heads * config.head_size
+    small = int(_FAST * (config.head_size // 2)) < 2 or notes >= config.width
+    if config.layers < 3 or not config.tied or group < 2 or small:
+        raise ValueError(
+            "wiring needs three layers, a tied head, two query heads to a key-value head, a"
+            f" head_size of at least {int(4 / _FAST)} and a width above {notes}; found {config}"
+        )
+    wires = _take(model, seed=seed)
+    _tell_neighbours(wires)
+    _quote(wires)
+    _tell_line(wires, np.array(model.embed[...][anchor]))
+    _name_line(wires)
+    for name in ("query", "key", "value", "output"):
+        getattr(model.layers, name).weight[...] = jnp.asarray(getattr(wires, name))
+    model.layers.query.bias[...] = jnp.asarray(wires.query_bias)
+    model.layers.key.bias[...] = jnp.asarray(wires.key_bias)
+    model.layers.down.weight[...] = model.layers.down.weight[...] * _RESIDUAL_SCALE
 
-    for kv_head in range(config.kv_heads):
-        mine, theirs = kv_head * group * size, kv_head * size
-        copied = _orthonormal(rng, width, size)
-        query[1, :, mine : mine + size] = 0
-        query[1][:, mine + slow] = _MATCH_GAIN * content
-        key[1, :, theirs : theirs + size] = 0
-        key[1][:, theirs + slow] = _MATCH_GAIN * predecessor
-        value[1, :, theirs : theirs + size] = copied
-        output[1, mine : mine + size] = _COPY_GAIN * copied.T
 
-    for linear, weight in zip(linears, (query, key, value, output, down), strict=True):
-        linear.weight[...] = jnp.asarray(weight)
-    blocks.query.bias[...] = jnp.asarray(query_bias)
-    blocks.key.bias[...] = jnp.asarray(key_bias)
+def _take(model: Qwen, *, seed: int) -> _Wires:
+    config, blocks = model.config, model.layers
+    rng = np.random.default_rng(seed)
+    slow, size = len(_slow(config)), config.head_size
+    # What is written lies along directions of one basis, so that no note disturbs another.
+    basis, used = _orthonormal(rng, config.width, config.width), 0
+    written = []
+    for wanted in (slow, slow, *[size] * config.kv_heads, size):
+        written.append(basis[:, used : used + wanted])
+        used += wanted
+    one_back, three_back, *copied, line = written
+    line = np.pad(line, ((0, 0), (0, size - line.shape[1])))
+    return _Wires(
+        config=config,
+        query=np.array(blocks.query.weight[...]),
+        key=np.array(blocks.key.weight[...]),
+        value=np.array(blocks.value.weight[...]),
+        # A token must still be recognisable behind a layer: branches start small.
+        output=np.array(blocks.output.weight[...]) * _RESIDUAL_SCALE,
+        query_bias=np.array(blocks.query.bias[...]),
+        key_bias=np.array(blocks.key.bias[...]),
+        # What is read must not lie along the notes; nothing is written along `copied` before it is.
+        content=copied[0][:, :slow],
+        one_back=one_back,
+        three_back=three_back,
+        line=line,
+        copied=tuple(copied),
+    )
+
+
+def _tell_neighbours(wires: _Wires) -> None:
+    """Layer 0: the first group writes which token stands one and which stands three back."""
+    slow, fast = wires.slow(), wires.pairs(0, _FAST)
+    wires.key[0, :, wires.head(0)] = wires.value[0, :, wires.head(0)] = 0
+    wires.value[0][:, slow] = wires.content
+    for head, (back, written) in enumerate(((1, wires.one_back), (3, wires.three_back))):
+        wires.clear(0, head)
+        wires.place(0, head, fast, gain=_POSITION_GAIN, shift=back)
+        wires.output[0, wires.head(head).start + slow] = _BACK_GAIN * written.T
+
+
+def _quote(wires: _Wires) -> None:
+    """Layer 1: the first head of each group says what followed the current token before."""
+    slow, group = wires.slow(), wires.config.query_heads // wires.config.kv_heads
+    for kv_head, copied in enumerate(wires.copied):
+        head = kv_head * group
+        wires.clear(1, head)
+        wires.query[1][:, wires.head(head).start + slow] = _MATCH_GAIN * wires.content
+        wires.key[1, :, wires.head(kv_head)] = 0
+        wires.key[1][:, wires.head(kv_head).start + slow] = _MATCH_GAIN * wires.one_back
+        wires.value[1, :, wires.head(kv_head)] = copied
+        wires.output[1, wires.head(head)] = _COPY_GAIN * copied.T
+
+
+def _tell_line(wires: _Wires, anchor: np.ndarray) -> None:
+    """Layer 1: the second head notes the nearest token behind an anchor as the token's line."""
+    middle, slow, start = wires.pairs(_FAST, _MIDDLE), wires.slow(), wires.head(1).start
+    wires.clear(1, 1)
+    wires.place(1, 1, middle, gain=_DISTANCE_GAIN, shift=0)
+    seen = anchor / np.sqrt(np.mean(np.square(anchor)))
+    wires.query_bias[1, start + slow] = _MATCH_GAIN * (seen @ wires.content)
+    wires.output[1, wires.head(1)] = _COPY_GAIN * wires.line.T
+
+
+def _name_line(wires: _Wires) -> None:
+    """Layer 2: the first head finds where the word three back stands, and says how the line began.
+
+    Distance counts against near places, since the sentence and the thought hold the same words.
+    """
+    middle, slow = wires.pairs(_FAST, _MIDDLE), wires.slow()
+    wires.clear(2, 0)
+    wires.key[2, :, wires.head(0)] = 0
+    wires.place(2, 0, middle[1:], gain=_DISTANCE_GAIN, shift=0)
+    wires.query_bias[2, wires.head(0)] *= -1
+    wires.query[2][:, slow] = wires.key[2][:, slow] = _MATCH_GAIN * wires.three_back
+    wires.value[2, :, wires.head(0)] = wires.line
+    wires.output[2, wires.head(0)] = 2 * _COPY_GAIN * wires.copied[0].T
+
+
+def _slow(config: ModelConfig) -> np.ndarray:
+    half = config.head_size // 2
+    slow = np.arange(int(_MIDDLE * half), half)
+    return np.concatenate([slow, slow + half])
 
 
 def _orthonormal(rng: np.random.Generator, rows: int, columns: int) -> np.ndarray:

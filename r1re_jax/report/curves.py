@@ -80,10 +80,10 @@ def png(figure: Figure) -> bytes:
 
 def save_curves(history: History, folder: pathlib.Path) -> dict[str, pathlib.Path]:
     """Write every panel as `<name>.png` into `folder`; return the paths by panel name."""
-    folder.mkdir(parents=True, exist_ok=True)
     paths = {}
     for panel, figure in draw_curves(history):
         paths[panel.name] = folder / f"{panel.name}.png"
+        folder.mkdir(parents=True, exist_ok=True)
         paths[panel.name].write_bytes(png(figure))
     return paths
 

@@ -14,7 +14,7 @@ from typing import Any
 
 import jinja2
 
-from r1re_jax.report.curves import draw_curves, png
+from r1re_jax.report.curves import PANELS, save_curves
 from r1re_jax.report.history import (
     Evaluation,
     History,
@@ -58,7 +58,7 @@ class Cell:
 
 
 def write_report(workdir: str | os.PathLike) -> pathlib.Path:
-    """Write report.html into a work directory from what is there.
+    """Write report.html and curves/*.png into a work directory from what is there.
 
     Returns:
         The path of the page, absolute.
@@ -69,13 +69,14 @@ def write_report(workdir: str | os.PathLike) -> pathlib.Path:
     history = read_history(pathlib.Path(workdir))
     path = history.workdir.absolute() / "report.html"
     temporary = path.with_suffix(".html.tmp")
-    temporary.write_text(render(history), encoding="utf-8")
+    pictures = save_curves(history, path.parent / "curves")
+    temporary.write_text(render(history, pictures), encoding="utf-8")
     temporary.replace(path)
     return path
 
 
-def render(history: History) -> str:
-    """The page as HTML text."""
+def render(history: History, pictures: Mapping[str, pathlib.Path]) -> str:
+    """The page as HTML text; `pictures` are PNG files by panel name."""
     source = importlib.resources.files("r1re_jax.report") / "report.html.jinja"
     environment = jinja2.Environment(
         autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
@@ -89,7 +90,11 @@ def render(history: History) -> str:
         headline=headline(history),
         summary=summary(history),
         every=summary(history, milestones=False),
-        curves=[(panel.title, _data_url(png(figure))) for panel, figure in draw_curves(history)],
+        curves=[
+            (panel.title, _data_url(pictures[panel.name].read_bytes()))
+            for panel in PANELS
+            if panel.name in pictures
+        ],
         details=[_detail(evaluation) for evaluation in finals],
         training=_training_completions(history),
         gaps=history.gaps,

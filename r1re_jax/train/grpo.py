@@ -195,7 +195,7 @@ class GRPO:
         for block in blocks(settings.trees, settings.questions, settings.micro_batch):
             tick("reference")
             part = block.of_tree(tree)
-            # On policy the update's own forward gives the old log-probabilities; see `_loss`.
+            # On policy the update's own forward gives the old log-probabilities; see `grpo_loss`.
             old = self.score(params, part) if settings.inner_iterations > 1 else None
             reference = None if self.reference is None else self.score(self.reference, part)
             batch.append(

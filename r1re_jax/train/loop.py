@@ -34,7 +34,9 @@ from r1re_jax.train.start import Start, load_start, policy_of, run_mesh
 from r1re_jax.train.state import TrainState, create_state
 from r1re_jax.train.update import NonFiniteError, StepResult, completed
 from r1re_jax.train.workdir import (
+    check_workdir,
     forget_after,
+    newest_step,
     open_workdir,
     versions,
     write_json,
@@ -125,19 +127,20 @@ def run_training(
         ValueError: data, limits, policy or mesh that do not fit; see the parts.
     """
     mesh = mesh or run_mesh(settings)
-    if settings.evaluate.samples and settings.data.eval:
-        check_mesh(1, settings.evaluate.batch, 0, mesh=mesh, phase="evaluate")
     data = open_training(settings.data.train, seed=settings.seed)
     sets = open_sets(settings.data.eval)
+    _check_phases(settings, data, mesh)
+    # Nothing is written before everything has been read: a slip leaves no work directory behind.
+    check_workdir(workdir, settings, data=data.sha256)
+    newest = newest_step(workdir)
+    start = load_start(settings, mesh=mesh, guide=data.guide, fresh=newest is None)
+    check_prompts(data, [*sets.values()], encoder=start.policy.encoder, settings=settings)
     workdir = open_workdir(workdir, settings, data=data.sha256)
+    if not (workdir / "policy" / "r1re.json").exists():
+        save_words(start.policy, workdir / "policy")
     scores: dict[int, float] = {}
     checkpoints = Checkpoints(workdir, keep=settings.checkpoint.keep, scores=scores)
     try:
-        newest = checkpoints.steps[-1] if checkpoints.steps else None
-        start = load_start(settings, mesh=mesh, guide=data.guide, fresh=newest is None)
-        check_prompts(data, [*sets.values()], encoder=start.policy.encoder, settings=settings)
-        if not (workdir / "policy" / "r1re.json").exists():
-            save_words(start.policy, workdir / "policy")
         return _Run(
             settings=settings,
             workdir=workdir,
@@ -366,6 +369,16 @@ class _Run:
             pending=pending,
         )
         self.checkpoints.save(state, meta)
+
+
+def _check_phases(settings: Settings, data: TrainingData, mesh: Mesh) -> None:
+    """Refuse batches that the data or the mesh cannot give, now and not when a phase begins."""
+    if settings.evaluate.samples and settings.data.eval:
+        check_mesh(1, settings.evaluate.batch, 0, mesh=mesh, phase="evaluate")
+    for phase, of in ((Phase.SFT, settings.sft), (Phase.GRPO, settings.grpo)):
+        if of.steps:
+            check_mesh(of.trees, of.questions, of.micro_batch, mesh=mesh, phase=phase.value)
+            data.source(of.trees, of.questions)
 
 
 def _due(step: int, every: int) -> bool:

@@ -30,17 +30,19 @@ def versions() -> dict[str, str]:
     return {"r1re_jax": __version__, "python": platform.python_version(), **found}
 
 
-def open_workdir(
+def check_workdir(
     workdir: str | os.PathLike, settings: Settings, *, data: Mapping[str, str]
-) -> Path:
-    """Make the directory, or check that it is of this configuration.
-
-    Safe keys may have changed; config.json then has the new values, and the old ones in `history`.
+) -> dict[str, Any]:
+    """Check that a directory is new or of this configuration; change nothing.
 
     Args:
         workdir: of the run.
         settings: of the run.
         data: name -> SHA-256 of every file that training reads.
+
+    Returns:
+        The config.json that it should have. Safe keys may have changed: it has the new values, and
+        the old ones in `history`.
 
     Raises:
         WorkdirError: it holds a run of another configuration or of other data (the message names
@@ -54,24 +56,39 @@ def open_workdir(
         "data": dict(data),
         "history": [],
     }
-    path = workdir / CONFIG
-    if not path.exists():
+    content = json.loads(json.dumps(content))  # as it will be read: tuples are lists
+    if not (workdir / CONFIG).exists():
         strange = [name for name in PARTS if (workdir / name).exists()]
         if strange:
             raise WorkdirError(
                 f"{workdir} has {', '.join(strange)} but no {CONFIG}: nobody knows of which run."
                 " Choose another work directory or move these away. Nothing was changed."
             )
-        workdir.mkdir(parents=True, exist_ok=True)
-        write_json(path, content)
-        return workdir
+        return content
     before = read_config(workdir)
     changed = _check_same(workdir, before, content)
+    content["history"] = before.get("history", [])
     if changed or before.get("versions") != content["versions"]:
         old = {"changed": changed, "versions": before.get("versions")}
-        content["history"] = [*before.get("history", []), old]
-        write_json(path, content)
+        content["history"] = [*content["history"], old]
+    return content
+
+
+def open_workdir(
+    workdir: str | os.PathLike, settings: Settings, *, data: Mapping[str, str]
+) -> Path:
+    """Make the directory with its config.json, or bring that up to date; see `check_workdir`."""
+    workdir = Path(workdir)
+    content = check_workdir(workdir, settings, data=data)
+    if not (workdir / CONFIG).exists() or read_config(workdir) != content:
+        write_json(workdir / CONFIG, content)
     return workdir
+
+
+def newest_step(workdir: str | os.PathLike) -> int | None:
+    """Return the step of the newest checkpoint, or None."""
+    found = Path(workdir).glob("checkpoints/*")
+    return max((int(path.name) for path in found if path.name.isdigit()), default=None)
 
 
 def read_config(workdir: str | os.PathLike) -> dict[str, Any]:
@@ -134,8 +151,7 @@ def _check_same(
         if not is_safe(key)
     ]
     old, new = changed.get("sft.steps", (0, 0))
-    saved = [int(path.name) for path in workdir.glob("checkpoints/*") if path.name.isdigit()]
-    newest = max(saved, default=0)
+    newest = newest_step(workdir) or 0
     if newest > min(old, new) and old != new:
         lines.append(
             f"sft.steps was {old} and is {new}, but the run is at step {newest}, where that decides"

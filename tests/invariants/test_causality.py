@@ -49,10 +49,11 @@ def influence() -> np.ndarray:
     model = drawn_model(small_config(vocab=VOCAB))
     graph, params = nnx.split(model)
 
+    flat = dict(nnx.to_flat_state(params))
+
     def of_embedding(embed: jax.Array) -> jax.Array:
-        merged = nnx.merge(graph, params)
-        merged.embed[...] = embed
-        return completion_logp(merged)
+        changed = {**flat, ("embed",): flat["embed",].replace(embed)}
+        return completion_logp(nnx.merge(graph, nnx.from_flat_state(changed.items())))
 
     jacobian = jax.jit(jax.jacrev(of_embedding))(model.embed[...])
     assert jacobian.shape == (N, P, G, C, *model.embed[...].shape)

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
+from r1re_jax.model.config import ModelConfig
 from r1re_jax.model.qwen import Qwen
 from r1re_jax.model.tree import Level, Tree
 from r1re_jax.rl.masks import length_mask
@@ -50,21 +51,54 @@ def tree_scores(model: Qwen, tree: Tree, *, temperature: float = 1.0) -> tuple:
     return scores.logp_NPGC, scores.entropy_NPGC
 
 
-def flat_scores(model: Qwen, tree: Tree, *, temperature: float = 1.0) -> tuple:
-    params = flat_qwen.parameters(model)
+@functools.partial(jax.jit, static_argnames=("config", "shape", "temperature"))
+def oracle(
+    params: dict,
+    tokens: jax.Array,
+    place: jax.Array,
+    weight: jax.Array,
+    *,
+    config: ModelConfig,
+    shape: tuple[int, ...],
+    temperature: float,
+) -> tuple:
+    """Flat scores, and the gradient of Σ weight · (logp + 0.1 · entropy)."""
+
+    def loss(params: dict) -> tuple[jax.Array, tuple]:
+        logits = flat_qwen.logits(params, config, tokens)
+        scores = flat_qwen.gather_scores(
+            logits, tokens, place, shape=shape, temperature=temperature
+        )
+        return jnp.sum(weight * (scores[0] + 0.1 * scores[1])), scores
+
+    gradient, scores = jax.grad(loss, has_aux=True)(params)
+    return scores, gradient
+
+
+def flat(
+    model: Qwen, tree: Tree, *, weight: np.ndarray | None = None, temperature: float = 1.0
+) -> tuple:
+    """The oracle's scores and gradient of a tree, in float64."""
+    shape = tree.completion.tokens.shape
     with jax.enable_x64(True):
-        scores = flat_qwen.flat_scores(params, model.config, tree, temperature=temperature)
-        return tuple(np.asarray(x) for x in scores)
+        found = oracle(
+            flat_qwen.parameters(model),
+            *flat_qwen.flat_rows(tree),
+            np.ones(shape) if weight is None else weight,
+            config=model.config,
+            shape=shape,
+            temperature=temperature,
+        )
+        return jax.tree.map(np.asarray, found)
 
 
-@pytest.mark.parametrize("tied", [False, True])
-@pytest.mark.parametrize("trees", [1, 2])
+@pytest.mark.parametrize(("tied", "trees"), [(False, 1), (False, 2), (True, 2)])
 @pytest.mark.parametrize("seed", range(3))
 def test_scores(tied: bool, trees: int, seed: int) -> None:
     model, tree = make_model(tied=tied), make_tree(seed, trees=trees)
     logp, entropy = tree_scores(model, tree)
     assert logp.dtype == entropy.dtype == jnp.float32
-    expected_logp, expected_entropy = flat_scores(model, tree)
+    (expected_logp, expected_entropy), _ = flat(model, tree)
     np.testing.assert_allclose(logp, expected_logp, atol=1e-5, rtol=0)
     np.testing.assert_allclose(entropy, expected_entropy, atol=1e-5, rtol=0)
 
@@ -72,7 +106,7 @@ def test_scores(tied: bool, trees: int, seed: int) -> None:
 def test_scores_under_a_temperature() -> None:
     model, tree = make_model(tied=True), make_tree(3)
     logp, entropy = tree_scores(model, tree, temperature=0.7)
-    expected_logp, expected_entropy = flat_scores(model, tree, temperature=0.7)
+    (expected_logp, expected_entropy), _ = flat(model, tree, temperature=0.7)
     np.testing.assert_allclose(logp, expected_logp, atol=1e-5, rtol=0)
     np.testing.assert_allclose(entropy, expected_entropy, atol=1e-5, rtol=0)
 
@@ -86,27 +120,13 @@ def tree_gradient(model: Qwen, tree: Tree, weight: jax.Array) -> nnx.State:
     return nnx.grad(loss)(model)
 
 
-def flat_gradient(model: Qwen, tree: Tree, weight: np.ndarray) -> dict[str, np.ndarray]:
-    tokens, place = flat_qwen.flat_rows(tree)
-    shape = tree.completion.tokens.shape
-
-    def loss(params: dict) -> jax.Array:
-        logits = flat_qwen.logits(params, model.config, tokens)
-        logp, entropy = flat_qwen.gather_scores(logits, tokens, place, shape=shape)
-        return jnp.sum(weight * (logp + 0.1 * entropy))
-
-    with jax.enable_x64(True):
-        params = jax.tree.map(jnp.asarray, flat_qwen.parameters(model))
-        return jax.tree.map(np.asarray, jax.grad(loss)(params))
-
-
 @pytest.mark.parametrize(("tied", "trees", "seed"), [(False, 1, 0), (False, 2, 1), (True, 2, 2)])
 def test_gradients(tied: bool, trees: int, seed: int) -> None:
     """Cotangents of shared tokens add up: guide and questions get all their completions' share."""
     model, tree = make_model(tied=tied), make_tree(seed, trees=trees)
     weight = np.random.default_rng(seed).normal(size=tree.completion.tokens.shape)
     got = flat_qwen.by_name(tree_gradient(model, tree, weight.astype(np.float32)))
-    expected = flat_gradient(model, tree, weight)
+    _, expected = flat(model, tree, weight=weight)
     assert got.keys() == expected.keys()
     for name, gradient in expected.items():
         assert np.abs(gradient).max() > 0, name

@@ -129,20 +129,20 @@ def flat_scores(
 @jax.numpy_rank_promotion("allow")
 def gather_scores(
     logits_BTV: jax.Array,
-    tokens_BT: np.ndarray,
-    place_B2: np.ndarray,
+    tokens_BT: Any,
+    place_B2: Any,
     *,
     shape: tuple[int, ...],
     temperature: float = 1.0,
 ) -> tuple[jax.Array, jax.Array]:
     """Cut the completions' scores out of the rows' logits, laid out as `shape` [N, P, G, C]."""
     logp_BTV = jax.nn.log_softmax(logits_BTV / temperature, axis=-1)
-    index_BC = place_B2[:, :1] + np.arange(shape[-1])
+    index_BC = place_B2[:, :1] + jnp.arange(shape[-1])
     mask_BC = index_BC < place_B2[:, 1:]
-    index_BC = np.where(mask_BC, index_BC, 1)
-    row_B1 = np.arange(len(tokens_BT))[:, None]
+    index_BC = jnp.where(mask_BC, index_BC, 1)
+    row_B1 = jnp.arange(len(tokens_BT))[:, None]
     predicted_BCV = logp_BTV[row_B1, index_BC - 1]
-    token_BC = tokens_BT[row_B1, index_BC]
+    token_BC = jnp.asarray(tokens_BT)[row_B1, index_BC]
     logp_BC = jnp.take_along_axis(predicted_BCV, token_BC[..., None], axis=-1)[..., 0]
     entropy_BC = -(jnp.exp(predicted_BCV) * predicted_BCV).sum(-1)
     keep = lambda x_BC: jnp.where(mask_BC, x_BC, 0.0).reshape(shape)  # noqa: E731

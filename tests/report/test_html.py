@@ -16,7 +16,7 @@ HOSTILE = "<script>alert(1)</script>"
 @pytest.fixture
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     """Draw the curves but do not render them, which takes most of a page's time."""
-    monkeypatch.setattr("r1re_jax.report.html.png", lambda figure: b"")
+    monkeypatch.setattr("r1re_jax.report.curves.png", lambda figure: b"")
 
 
 class _Page(html.parser.HTMLParser):
@@ -53,6 +53,7 @@ def test_page_is_self_contained_and_text_stays_text(workdir: pathlib.Path) -> No
         assert f'class="completion {outcome}"' in text
     assert "advantage −0.50" in text
     assert list(workdir.glob("*.tmp")) == []
+    assert {path.stem for path in workdir.glob("curves/*.png")} >= {"accuracy", "reward"}
 
 
 @pytest.mark.usefixtures("quick")

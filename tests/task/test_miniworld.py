@@ -1,42 +1,67 @@
 """Miniworld: its labels follow from its guides, and the medical words stay out of training."""
 
+import importlib.util
+import pathlib
 import random
 import re
+from collections.abc import Iterator, Mapping
+from typing import Any
 
 import pytest
 
 from r1re_jax.task import miniworld
+from r1re_jax.task.lessons import Lesson
 from r1re_jax.task.miniworld import domains, words
 from r1re_jax.task.miniworld.text import shuffle_definitions, write_example, write_guide
+from r1re_jax.task.prompts import sft_completion
 from r1re_jax.task.relations import Example, Guide, parse_guide
 from r1re_jax.task.rewards import relation_reward
+from tests.medical import medical_words_in
 
-ALL_KINDS = [
-    {
-        "until": 1,
-        "kinds": [str(kind) for kind in miniworld.Kind],
-        "none_share": 0.2,
-        "distractors": 0.5,
-    }
-]
+ROOT = pathlib.Path(__file__).resolve().parents[2]
+CONFIGS = sorted((ROOT / "configs").glob("*.py"))
+STATED = [str(kind) for kind in miniworld.Kind if kind is not miniworld.Kind.QUOTING]
+HARD = {"none_share": 0.2, "distractors": 0.5}
 
 
-def read(example: Example, guide: Guide) -> str:
-    """Answer by reading: find the statement whose words stand between the mentions."""
+def lessons(*, steps: int = 1, seed: int = 0, **stage: object) -> Iterator[Lesson]:
+    """Lessons of one stage, of stated kinds unless told otherwise: eight of ten examples a step."""
+    made = {"until": 1, "kinds": STATED, **stage}
+    source = miniworld.source(trees=8, questions=10, seed=seed, stages=[made])
+    return (lesson for step in range(steps) for lesson in source.lessons(step))
+
+
+def statements(guide: Guide) -> Iterator[tuple[str, str]]:
+    """The cues of a guide's definitions, each with the label of a pair that it joins."""
     for relation in guide.schema.relations:
         for statement in relation.definition.rstrip(".").split("; "):
-            cue = statement[2:-2]
-            if re.search(rf"\b{re.escape(cue)} the $", example.between):
-                return f"{relation.name}({'e1,e2' if statement[0] == 'X' else 'e2,e1'})"
-    return guide.schema.none
+            direction = "e1,e2" if statement.startswith("X ") else "e2,e1"
+            yield statement[2:-2], f"{relation.name}({direction})"
 
 
-def test_labels_follow_from_the_guide_alone() -> None:
-    source = miniworld.source(trees=6, questions=20, seed=3, stages=ALL_KINDS)
-    for step in range(5):
-        for lesson in source.lessons(step):
-            for example in lesson.examples:
-                assert read(example, lesson.guide) == example.label
+def read(example: Example, guide: Guide) -> str | None:
+    """Answer by reading: find the statement that stands right before e2.
+
+    The longest counts, since a cue can be the tail of another cue.
+    """
+    found = [
+        (cue, label) for cue, label in statements(guide) if example.between.endswith(f" {cue} the ")
+    ]
+    return max(found, key=lambda pair: len(pair[0]))[1] if found else guide.schema.none
+
+
+def texts_of(lesson: Lesson) -> Iterator[str]:
+    """Everything of a lesson that a policy is trained on."""
+    yield lesson.guide.text
+    for example in lesson.examples:
+        yield f"{example.tagged} {sft_completion(example)}"
+
+
+@pytest.mark.parametrize("options", [HARD, {"spelled": 0.5}, {"plain": True}, {"short": True}])
+def test_labels_follow_from_the_guide_alone(options: Mapping[str, object]) -> None:
+    for lesson in lessons(steps=3, seed=3, **options):
+        for example in lesson.examples:
+            assert read(example, lesson.guide) == example.label
 
 
 @pytest.mark.parametrize("domain", ["general", "medical"])
@@ -64,14 +89,14 @@ def test_shuffling_deals_every_definition_once() -> None:
 
 
 def test_lessons_are_a_function_of_seed_and_step() -> None:
-    one = miniworld.source(trees=2, questions=3, seed=1, stages=ALL_KINDS)
-    other = miniworld.source(trees=2, questions=3, seed=1, stages=ALL_KINDS)
+    stages = [{"until": 1, "kinds": [str(kind) for kind in miniworld.Kind], **HARD}]
+    one, same, other = (
+        miniworld.source(trees=2, questions=3, seed=seed, stages=stages) for seed in (1, 1, 2)
+    )
     one.lessons(0)
-    assert one.lessons(7) == other.lessons(7)
+    assert one.lessons(7) == same.lessons(7)
     assert one.lessons(7) != one.lessons(8)
-    assert one.lessons(7) != miniworld.source(
-        trees=2, questions=3, seed=2, stages=ALL_KINDS
-    ).lessons(7)
+    assert one.lessons(7) != other.lessons(7)
 
 
 def test_ids_differ_between_all_lessons() -> None:
@@ -93,11 +118,109 @@ def test_stages_follow_each_other() -> None:
     assert general == {r.name for r in source.lessons(2)[0].guide.schema.relations}
 
 
-def test_reasoned_answers_earn_the_full_reward() -> None:
-    for lesson in miniworld.source(trees=4, questions=8, stages=ALL_KINDS).lessons(0):
+@pytest.mark.parametrize("kind", miniworld.Kind)
+def test_reasoned_answers_earn_the_full_reward(kind: miniworld.Kind) -> None:
+    for lesson in lessons(kinds=[kind], most=4, **HARD):
         for example in lesson.examples:
-            completion = f"<think>{example.reasoning}</think><answer>{example.label}</answer>"
-            assert relation_reward(completion, example, lesson.guide.schema).reward == 3
+            assert (
+                relation_reward(sft_completion(example), example, lesson.guide.schema).reward == 3
+            )
+
+
+def test_reasoning_quotes_the_statement_and_names_the_relation() -> None:
+    for lesson in lessons(**HARD):
+        for example in lesson.examples:
+            name = lesson.guide.schema.relation_of(example.label)
+            assert f"**{name}**" in example.reasoning
+            if name == lesson.guide.schema.none:
+                continue
+            relation = next(r for r in lesson.guide.schema.relations if r.name == name)
+            assert any(
+                statement[2:] in example.reasoning and f" {statement[2:-2]} the " in example.between
+                for statement in relation.definition.rstrip(".").split("; ")
+            )
+
+
+def test_quoting_lessons_ask_for_the_rest_of_a_definition() -> None:
+    for lesson in lessons(kinds=["quoting"], most=4):
+        prose = [relation.definition for relation in lesson.guide.schema.relations]
+        # Every word stands in one place only: what is quoted is never in doubt.
+        said = " ".join(prose).replace(".", "").split()
+        assert len(set(said) - {"X", "Y"}) == len(said) - 2 * len(prose)
+        for example in lesson.examples:
+            cue = example.between.removesuffix(" the ").strip()
+            (holder,) = [r for r in lesson.guide.schema.relations if f" {cue} " in r.definition]
+            assert example.label == f"{holder.name}(e1,e2)"
+            quote = holder.definition[holder.definition.index(cue) :].rstrip(".")
+            assert quote in example.reasoning and quote in lesson.guide.text
+            assert f"**{holder.name}**" in example.reasoning
+
+
+def test_plain_sentences_have_nothing_but_the_pair_and_its_cue() -> None:
+    for lesson in lessons(plain=True):
+        cues = {cue for cue, _ in statements(lesson.guide)}
+        for example in lesson.examples:
+            assert example.text.startswith("The ") and example.text.endswith(
+                example.tail.text + "."
+            )
+            assert example.head.start == 4 and example.tail.end == len(example.text) - 1
+            assert example.between.removesuffix(" the ").strip() in cues
+            assert {example.head.text, example.tail.text} <= set(words.GENERAL_NOUNS)
+
+
+def test_distractors_state_a_relation_of_another_pair() -> None:
+    for lesson in lessons(plain=True, distractors=1.0):
+        cues = {cue for cue, _ in statements(lesson.guide)}
+        for example in lesson.examples:
+            before, after = example.text[: example.head.start], example.text[example.tail.end :]
+            clause = before if ", and " in before else after
+            assert any(f" {cue} the " in clause for cue in cues)
+
+
+def test_invented_words_are_made_of_syllables() -> None:
+    rng = random.Random(0)
+    assert len(set(words.SYLLABLES)) == len(words.SYLLABLES)
+    for _ in range(100):
+        assert words.invented_word(rng) in words.SYLLABLES
+        word = words.invented_word(rng, syllables=2)
+        ends = [end for end in range(len(word)) if word[:end] in words.SYLLABLES]
+        assert any(word[end:] in words.SYLLABLES for end in ends)
+
+
+def test_spelled_words_are_random_letters_or_fragments_of_english() -> None:
+    rng = random.Random(0)
+    english = " ".join(words.GENERAL_NOUNS + words.ADJECTIVES)
+    made = [words.invented_word(rng, spelled=1.0) for _ in range(400)]
+    pieces = [
+        any(word[:cut] in english and word[cut:] in english for cut in range(2, len(word) - 1))
+        for word in made
+    ]
+    assert all(re.fullmatch("[a-z]{3,8}", word) for word in made)
+    assert all(piece or len(word) <= 5 for piece, word in zip(pieces, made, strict=True))
+    assert sum(len(word) > 5 for word in made) > 50
+    assert len(set(made)) > 380
+
+
+def test_spelled_sets_the_share_of_words_that_are_no_syllables() -> None:
+    def strange(**stage: object) -> float:
+        roles = [
+            role in words.SYLLABLES
+            for lesson in lessons(kinds=["invented"], **stage)
+            for relation in lesson.guide.schema.relations
+            for role in (relation.x_role, relation.y_role)
+        ]
+        return 1 - sum(roles) / len(roles)
+
+    assert strange() == 0
+    assert 0.2 < strange(spelled=0.5) < 0.8
+    assert strange(spelled=1.0) > 0.9
+
+
+def test_short_names_and_cues_are_single_syllables() -> None:
+    for lesson in lessons(kinds=["invented"], short=True):
+        assert {cue for cue, _ in statements(lesson.guide)} <= set(words.SYLLABLES)
+        names = {relation.name.lower() for relation in lesson.guide.schema.relations}
+        assert names <= set(words.SYLLABLES)
 
 
 def test_permuted_lessons_contradict_the_names() -> None:
@@ -109,29 +232,38 @@ def test_permuted_lessons_contradict_the_names() -> None:
     assert moved != general
 
 
-def medical_strings() -> set[str]:
-    """Everything that is the medical domain's own: names, cues and their telling words, nouns."""
-    own = set(words.MEDICAL_NOUNS)
-    for relation in domains.medical().relations:
-        own.add(relation.name)
-        own |= {cue.words for cue in relation.cues}
-        own |= {word for cue in relation.cues for word in cue.words.split() if len(word) > 5}
-    return own
+def test_the_search_finds_what_is_medical() -> None:
+    guide, examples = miniworld.examples(domain="medical", count=20)
+    found = medical_words_in([guide.text, *(example.text for example in examples)])
+    assert {"risk_factor_of", "predisposes", "is provoked by", "provoked"} <= found
+    assert len(found & set(words.MEDICAL_NOUNS)) > 10
+    assert not medical_words_in(["A predisposed ticsy riverbed."])
 
 
 def test_no_lesson_holds_anything_medical() -> None:
-    source = miniworld.source(trees=4, questions=8, seed=0, stages=ALL_KINDS)
-    text = "\n".join(
-        part
-        for step in range(200)
-        for lesson in source.lessons(step)
-        for part in (
-            lesson.guide.text,
-            *(f"{e.text} {e.reasoning} {e.label}" for e in lesson.examples),
-        )
-    )
-    found = [own for own in medical_strings() if re.search(rf"\b{re.escape(own)}\b", text)]
-    assert not found
+    every = {"kinds": [str(kind) for kind in miniworld.Kind], "spelled": 0.2, **HARD}
+    texts = (text for lesson in lessons(steps=30, **every) for text in texts_of(lesson))
+    assert not medical_words_in(texts)
+
+
+def training_options(path: pathlib.Path) -> Iterator[tuple[int, int, Mapping[str, Any]]]:
+    """Seed, steps and miniworld's options of every variant of a config that trains on miniworld."""
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    for variant in [(), *((stage,) for stage in getattr(module, "STAGES", ()))]:
+        config = module.get_config(*variant)
+        if config.data.train.kind == "miniworld":
+            steps = sum(config[phase].steps for phase in ("sft", "grpo") if phase in config)
+            yield config.seed, steps, config.data.train.get("options", {})
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+def test_no_config_trains_on_anything_medical(path: pathlib.Path) -> None:
+    for seed, steps, options in training_options(path):
+        source = miniworld.source(trees=4, questions=12, seed=seed, **options)
+        searched = [lesson for step in range(0, steps, 20) for lesson in source.lessons(step)]
+        assert not medical_words_in(text for lesson in searched for text in texts_of(lesson))
 
 
 def test_general_held_out_nouns_are_in_no_lesson() -> None:

@@ -160,6 +160,14 @@ def test_another_configuration_or_a_lost_reference_is_refused(
         train(world.settings(inputs, **EVALUATED, grpo__steps=3), copy)
 
 
+def test_bad_input_leaves_no_work_directory(inputs: pathlib.Path, tmp_path: pathlib.Path) -> None:
+    bad = ({"limits__question": 3}, {"model__path": "absent"}, {"grpo__questions": 17})
+    for changes in bad:
+        with pytest.raises(ValueError):
+            train(world.settings(inputs, **changes), tmp_path / "run")
+        assert not (tmp_path / "run").exists()
+
+
 def test_what_is_not_finite_stops_the_run_and_is_written_down(
     inputs: pathlib.Path, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -10,6 +10,7 @@ from r1re_jax.train.config import read_settings
 from r1re_jax.train.settings import Settings
 from r1re_jax.train.workdir import (
     WorkdirError,
+    check_workdir,
     forget_after,
     open_workdir,
     read_config,
@@ -111,6 +112,19 @@ def test_what_later_steps_wrote_is_removed_and_nothing_else(tmp_path: pathlib.Pa
     left = sorted(str(p.relative_to(tmp_path)) for p in tmp_path.rglob("*") if p.is_file())
     assert left == ["completions/2.jsonl", "completions/notes.jsonl", "eval/2-a/x"]
     assert forget_after(tmp_path / "absent", 0) == []
+
+
+def test_a_check_alone_writes_nothing(tmp_path: pathlib.Path) -> None:
+    content = check_workdir(tmp_path / "new", _settings(), data=DATA)
+    assert content["config"]["seed"] == 3
+    assert not (tmp_path / "new").exists()
+
+
+def test_tuples_of_a_config_are_the_lists_that_json_gives_back(tmp_path: pathlib.Path) -> None:
+    options = {"stages": ({"kinds": ("invented",)},)}
+    for _ in range(2):
+        open_workdir(tmp_path, _settings(data__train__options=options), data=DATA)
+    assert read_config(tmp_path)["history"] == []
 
 
 def test_config_json_is_json(tmp_path: pathlib.Path) -> None:

@@ -1,8 +1,9 @@
 """Domains of miniworld: which relations there are and which words state them.
 
-A *cue* is what a sentence says between its two mentions: "stems from". A relation owns some cues that
-run from X to Y ("X triggers Y") and some that run from Y to X ("Y stems from X"). A guide's
-definitions list the cues, and nothing else tells which relation a cue states, or in which direction.
+A *cue* is what a sentence says between its two mentions: "stems from". A relation owns some cues
+that run from X to Y ("X triggers Y") and some that run from Y to X ("Y stems from X"). A guide's
+definitions list the cues, and nothing else tells which relation a cue states, or in which
+direction.
 """
 
 import dataclasses
@@ -108,9 +109,14 @@ def medical() -> Domain:
 
 
 def invented(
-    rng: random.Random, *, relations: int, none: bool = False, spelled: float = 0.0, short: bool = False
+    rng: random.Random,
+    *,
+    relations: int,
+    none: bool = False,
+    spelled: float = 0.0,
+    short: bool = False,
 ) -> Domain:
-    """Make a domain of names, roles and cues that mean nothing: only its guide tells what they state.
+    """Make a domain of names, roles and cues that mean nothing: only its guide explains them.
 
     Args:
         rng: source of all choices.
@@ -139,14 +145,16 @@ def invented(
     made = []
     for _ in range(relations):
         cues = (Cue(fresh(cue), True), Cue(fresh(cue), False))
-        name = fresh(lambda: style([word() for _ in range(1 if short else rng.choice((1, 2, 2, 3)))]))
+        name = fresh(
+            lambda: style([word() for _ in range(1 if short else rng.choice((1, 2, 2, 3)))])
+        )
         made.append(Relation(name, word(), word(), cues))
     label = rng.choice(("Other", "none", "undefined", "no_relation")) if none else None
     return Domain(word(2), tuple(made), words.GENERAL_NOUNS, none=label)
 
 
 def permuted(domain: Domain, rng: random.Random) -> Domain:
-    """Give each relation another one's cues, so that names no longer help: only the definitions count."""
+    """Deal the cues to the relations anew, so that names no longer help: only definitions count."""
     cues = [relation.cues for relation in domain.relations]
     rng.shuffle(cues)
     relations = tuple(

@@ -1,4 +1,4 @@
-"""Miniworld as a source of lessons: every step's guides and sentences are a pure function of the step."""
+"""Miniworld as a source of lessons: a step's guides and sentences are a function of the step."""
 
 import dataclasses
 import enum

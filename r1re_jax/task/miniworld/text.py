@@ -46,9 +46,10 @@ def write_example(
         domain: relations to draw from, uniformly over relations and their cues.
         rng: source of all choices.
         identity: the example's id.
-        distractors: probability of a second clause that states another relation of an unmarked pair.
-        none_share: probability of the none label (if the domain has one): the pair is joined by a cue
-            from `strange`, which the guide does not list.
+        distractors: probability of a second clause that states another relation of an unmarked
+            pair.
+        none_share: probability of the none label (if the domain has one): the pair is joined by a
+            cue from `strange`, which the guide does not list.
         plain: no words but the pair, its cue and articles (and a distractor).
         strange: cues of no relation of this domain.
         split: carried into the example.
@@ -87,7 +88,7 @@ def write_example(
 
 
 def quoting_guide(rng: random.Random, *, relations: int, length: int) -> task.Guide:
-    """Write a guide whose definitions are `length` different words without meaning, to be quoted."""
+    """Write a guide whose definitions are `length` words without meaning each, to be quoted."""
     pool = rng.sample(words.SYLLABLES, relations * (length + 3))
     made = []
     for i in range(relations):
@@ -97,7 +98,7 @@ def quoting_guide(rng: random.Random, *, relations: int, length: int) -> task.Gu
 
 
 def quoting_example(guide: task.Guide, rng: random.Random, *, identity: str) -> task.Example:
-    """Ask for a definition to be quoted from where the sentence's two words stand in it to its end."""
+    """Ask to quote a definition from where the sentence's two words stand in it to its end."""
     relation = rng.choice(guide.schema.relations)
     prose = relation.definition.split()[1:-1]
     start = rng.randrange(len(prose) // 2)
@@ -113,7 +114,7 @@ def quoting_example(guide: task.Guide, rng: random.Random, *, identity: str) -> 
         label=f"{relation.name}(e1,e2)",
         split="train",
         domain=guide.title,
-        reasoning=f"Cue: {' '.join(prose[start:])} Y: **{relation.name}**",
+        reasoning=f"Cue: {' '.join(prose[start:])} Y\n- **{relation.name}**",
     )
 
 
@@ -136,12 +137,12 @@ def _mention(noun: str, rng: random.Random, *, adjective: float) -> str:
 
 
 def _answer(domain: Domain, relation: Relation | None, cue: Cue) -> tuple[str, str]:
-    """Return the label and its reasoning: the cue as the guide's statement goes on, and its relation.
+    """Return the label and its reasoning: the cue as the guide goes on from it, and its relation.
 
     The statement goes on with the role of e2: "stems from X" makes e2 the X, hence Relation(e2,e1).
     """
     if relation is None:
-        return domain.none, f"Cue: {cue.words}: not in the guide **{domain.none}**"
+        return domain.none, f"Cue: {cue.words}, not in the guide\n- **{domain.none}**"
     role = "Y" if cue.forward else "X"
     label = f"{relation.name}({'e1,e2' if cue.forward else 'e2,e1'})"
-    return label, f"Cue: {cue.words} {role}: **{relation.name}**"
+    return label, f"Cue: {cue.words} {role}\n- **{relation.name}**"

@@ -1,6 +1,10 @@
 """Trains miniworld's byte-level BPE tokenizer, in Hugging Face form."""
 
 from collections.abc import Iterable
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
 
 # Chat markup as in Qwen's template (ChatML); the think and answer tags are ordinary text.
 SPECIAL_TOKENS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
@@ -15,7 +19,7 @@ _UNITS = r"</?[a-z][a-z0-9]*>|\(e[12],e[12]\)|- \*\*|\(X = |, Y = |\)\*\*: |\*\*
 _WORDS = r" ?\p{L}+| ?\p{N}| ?[^\s\p{L}\p{N}]+|\s+"
 
 
-def train_tokenizer(texts: Iterable[str], *, vocab: int = 2048):
+def train_tokenizer(texts: Iterable[str], *, vocab: int = 2048) -> "PreTrainedTokenizerFast":
     """Train a byte-level BPE on `texts`; any text encodes, since all 256 bytes are tokens.
 
     Args:
@@ -23,7 +27,7 @@ def train_tokenizer(texts: Iterable[str], *, vocab: int = 2048):
         vocab: V, special tokens included.
 
     Returns:
-        transformers.PreTrainedTokenizerFast with chat template, eos `<|im_end|>`, pad `<|endoftext|>`.
+        A fast tokenizer with chat template, eos `<|im_end|>` and pad `<|endoftext|>`.
     """
     from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast

@@ -6,30 +6,33 @@ The medical words are kept apart: no training of a tokenizer or a policy may see
 import random
 
 GENERAL_NOUNS = tuple(
-    """engine river cabinet painter storm letter bakery bridge farmer lantern ticket village violin garden
-    hammer captain museum basket window teacher mountain anchor wagon candle factory library kettle island
-    sailor mirror blanket tower bicycle harbor orchard carpenter drawer meadow novel station statue pencil
-    barrel tunnel choir cottage pigeon lawyer poster furnace valley ribbon chimney jacket sculptor market
-    puddle guitar saddle forest ladder printer castle dancer curtain trumpet parcel canyon wheel pepper
-    reporter balcony magnet closet singer bucket desert turtle shelf quarry tailor stadium fountain carriage
-    beacon miner portrait rocket pasture helmet banker cellar lizard musket theater compass driver envelope
-    thunder gravel butcher crystal sponge runner bamboo whistle pirate tractor collar marble hunter kitchen""".split()
+    """engine river cabinet painter storm letter bakery bridge farmer lantern ticket village violin
+    garden hammer captain museum basket window teacher mountain anchor wagon candle factory library
+    kettle island sailor mirror blanket tower bicycle harbor orchard carpenter drawer meadow novel
+    station statue pencil barrel tunnel choir cottage pigeon lawyer poster furnace valley ribbon
+    chimney jacket sculptor market puddle guitar saddle forest ladder printer castle dancer curtain
+    trumpet parcel canyon wheel pepper reporter balcony magnet closet singer bucket desert turtle
+    shelf quarry tailor stadium fountain carriage beacon miner portrait rocket pasture helmet banker
+    cellar lizard musket theater compass driver envelope thunder gravel butcher crystal sponge
+    runner bamboo whistle pirate tractor collar marble hunter kitchen""".split()
 )
 # Only in held-out sentences: an answer cannot be remembered from the nouns.
 GENERAL_NOUNS_HELD_OUT = tuple(
-    """acrobat bonfire cartridge dolphin easel falcon gondola hedge inkwell juggler kiosk locket mosaic
-    nursery oar pavilion quilt raft scarf trolley umbrella vineyard windmill yacht zipper apron brewery cactus
-    dagger elevator ferry glacier hammock igloo jigsaw kayak lagoon monk noodle osprey""".split()
+    """acrobat bonfire cartridge dolphin easel falcon gondola hedge inkwell juggler kiosk locket
+    mosaic nursery oar pavilion quilt raft scarf trolley umbrella vineyard windmill yacht zipper
+    apron brewery cactus dagger elevator ferry glacier hammock igloo jigsaw kayak lagoon monk noodle
+    osprey""".split()
 )
 MEDICAL_NOUNS = tuple(
-    """psychosis lithium amygdala insomnia adolescents hippocampus clozapine mania delirium serotonin
-    autism ketamine phobia biomarker dementia catatonia outpatients cortisol relapse haloperidol anhedonia
-    neurons thalamus bulimia migraine sertraline veterans apathy seizures tremor stigma trauma cortex tics
-    agitation melatonin sedation epilepsy paranoia obesity panic rumination caregivers genotype""".split()
+    """psychosis lithium amygdala insomnia adolescents hippocampus clozapine mania delirium
+    serotonin autism ketamine phobia biomarker dementia catatonia outpatients cortisol relapse
+    haloperidol anhedonia neurons thalamus bulimia migraine sertraline veterans apathy seizures
+    tremor stigma trauma cortex tics agitation melatonin sedation epilepsy paranoia obesity panic
+    rumination caregivers genotype""".split()
 )
 ADJECTIVES = tuple(
-    """old small quiet heavy bright famous broken distant narrow wooden yellow hollow rusty modern gentle
-    local silent sturdy royal muddy empty fragile noisy clumsy ancient""".split()
+    """old small quiet heavy bright famous broken distant narrow wooden yellow hollow rusty modern
+    gentle local silent sturdy royal muddy empty fragile noisy clumsy ancient""".split()
 )
 ADVERBS = ("often", "clearly", "usually", "still", "probably", "again", "rarely", "now")
 OPENERS = (
@@ -79,8 +82,8 @@ def invented_word(rng: random.Random, *, syllables: int = 1, spelled: float = 0.
     Args:
         rng: source of all choices.
         syllables: how many, out of SYLLABLES.
-        spelled: probability of a word of random letters or of scraps of English words instead, which
-            tokenizers cut to pieces as they do with any word that they do not know.
+        spelled: probability of a word of random letters or of scraps of English words instead,
+            which tokenizers cut to pieces as they do with any word that they do not know.
     """
     if rng.random() < spelled:
         if rng.random() < 0.5:

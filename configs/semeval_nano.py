@@ -1,0 +1,51 @@
+"""Real input: SemEval-2010 Task 8 with the small base policy, SFT, then GRPO, official test set.
+
+command:   R1RE_DATA=FOLDER python -m run.train --config=configs/semeval_nano.py --workdir=W
+data:      FOLDER/semeval2010/{train,test}.jsonl, or the official TXT files by
+           --config.data.train.kind=semeval2010 --config.data.train.path=TRAIN_FILE.TXT
+           (an empty path reads the Hugging Face hub)
+hardware:  2 CPU cores
+"""
+
+from ml_collections import ConfigDict
+
+
+def get_config() -> ConfigDict:
+    """Return the recipe."""
+    guide = "packaged:semeval2010_short"
+    official = dict(kind="jsonl", guide=guide, protocol="official")
+    return ConfigDict(
+        dict(
+            seed=0,
+            model=dict(path="base:miniworld", dtype="float32", remat="none"),
+            limits=dict(guide=640, question=264, completion=112),
+            data=dict(
+                train=dict(kind="jsonl", path="semeval2010/train.jsonl", guide=guide),
+                eval=dict(test=dict(official, path="semeval2010/test.jsonl")),
+            ),
+            sft=dict(
+                steps=300,
+                trees=1,
+                questions=16,
+                learning_rate=5e-4,
+                warmup=20,
+                schedule="constant",
+            ),
+            grpo=dict(
+                steps=150,
+                trees=1,
+                questions=16,
+                group=8,
+                micro_batch=8,
+                learning_rate=2e-4,
+                warmup=10,
+                schedule="constant",
+                temperature=1.0,
+                kl_coefficient=0.001,
+                chunk=24,
+            ),
+            evaluate=dict(every=0, samples=4, temperature=1.0, greedy=True, batch=64),
+            checkpoint=dict(every=50, keep=2, best=""),
+            log=dict(every=1, completions=25),
+        )
+    )

@@ -75,7 +75,7 @@ def evaluate(
         name: of the set, for random keys and messages.
         out: folder for the files; an unfinished evaluation there goes on. None writes nothing.
         samples: k, completions of each example.
-        temperature: None is 0 for one sample and 1 for more.
+        temperature: None is 0 for one sample, 1 for more.
         greedy: also draw one completion at temperature 0, into `out`/greedy; adds
             `greedy_accuracy` and changes no other figure.
         seed: of the sampling, 0 … 2³²−1.
@@ -89,8 +89,7 @@ def evaluate(
         data_sha256: of the data file; "" takes a hash of the examples.
         mesh: spreads the examples over the mesh's data axes.
         on_batch: called with (examples done, examples in all) after each batch.
-        on_chunk: called between chunks of a rollout. What either raises ends the evaluation, and
-            the same call goes on with it.
+        on_chunk: called between chunks of a rollout. What either raises ends the evaluation.
 
     Raises:
         EvaluationError: nothing to evaluate, settings without meaning, or a folder that holds an
@@ -102,17 +101,8 @@ def evaluate(
         temperature = 0.0 if samples == 1 else 1.0
     _check(examples, guide.schema, samples=samples, temperature=temperature, batch=batch)
     prompts = read_prompts(policy, examples, guide, limits=limits)
-    draw = Draw(
-        dataset=name,
-        samples=samples,
-        temperature=temperature,
-        seed=seed,
-        step=step,
-        batch=batch,
-        chunk=chunk,
-        mesh=mesh,
-        on_chunk=on_chunk,
-    )
+    shared = {"seed": seed, "step": step, "batch": batch, "chunk": chunk, "mesh": mesh}
+    draw = Draw(dataset=name, samples=samples, temperature=temperature, on_chunk=on_chunk, **shared)
     folder = None if out is None else pathlib.Path(out)
     rows = _predictions(policy, prompts, draw, totals, folder, on_batch)
     metrics = summarise(
@@ -123,17 +113,21 @@ def evaluate(
         model=model,
         data_sha256=data_sha256 or examples_sha256(examples),
     )
-    metrics["majority_accuracy"] = majority_accuracy(examples)
-    metrics |= {"name": name, "step": step, "seed": seed}
+    most = majority_accuracy(examples)
+    metrics |= {"majority_accuracy": most, "name": name, "step": step, "seed": seed}
     if greedy:
         once = dataclasses.replace(draw, samples=1, temperature=0.0)
-        beside = None if folder is None else folder / GREEDY
         if once != draw:
-            rows = _predictions(policy, prompts, once, totals, beside, on_batch)
-        metrics["greedy_accuracy"] = sum(row["samples"][0]["correct"] for row in rows) / len(rows)
+            rows = _predictions(policy, prompts, once, totals, folder and folder / GREEDY, on_batch)
+        metrics["greedy_accuracy"] = _accuracy(rows)
     if folder is not None:
         replace(folder / METRICS, json.dumps(metrics, ensure_ascii=False, indent=1) + "\n")
     return metrics
+
+
+def _accuracy(rows: Sequence[Row]) -> float:
+    """Share of rows whose first sample is right."""
+    return sum(row["samples"][0]["correct"] for row in rows) / len(rows)
 
 
 def majority_accuracy(examples: Sequence[Example]) -> float:

@@ -103,9 +103,9 @@ def test_logits_refuse_what_the_model_cannot_read(policy: Policy) -> None:
 
 
 def test_generate_is_a_function_of_its_arguments(policy: Policy) -> None:
-    given = dict(samples=3, max_tokens=8, temperature=1.0, seed=4)
+    given = dict(samples=2, max_tokens=8, temperature=1.0, seed=4)
     first = policy.generate(PROMPTS, **given)
-    assert [len(texts) for texts in first] == [3] * 4
+    assert [len(texts) for texts in first] == [2] * 4
     assert policy.generate(PROMPTS, **given) == first
     assert policy.generate(PROMPTS, **given | {"seed": 5}) != first
 
@@ -232,7 +232,7 @@ def test_a_work_directory_gives_the_step_asked_for(policy: Policy, workdir: path
 
 
 def test_parameters_go_to_a_mesh(workdir: pathlib.Path) -> None:
-    mesh = sharding.make_mesh(data=-1)
+    mesh = sharding.make_mesh(data=-1, fsdp=1)
     loaded = load_policy(workdir, mesh=mesh)
     assert named(loaded)["embed"].sharding.mesh == mesh
 

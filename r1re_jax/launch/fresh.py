@@ -48,7 +48,7 @@ def fresh_policy(
     """Train the tokenizer, draw and wire the weights, and save both as a Hugging Face folder.
 
     Args:
-        out: folder to write; must be absent or empty.
+        out: folder to write; absent, empty or an earlier policy, which is replaced.
         name: preset of the model's shape, with a tied head.
         seed: of corpus and weights.
         steps: of the tokenizer's corpus.
@@ -57,7 +57,7 @@ def fresh_policy(
         The policy that was saved.
 
     Raises:
-        HFError: the folder is in use.
+        HFError: the folder holds something else.
     """
     config = preset(name)
     tokenizer = train_tokenizer(corpus(seed=seed, steps=steps), vocab=config.vocab)

@@ -29,7 +29,8 @@ class Part:
         key: [*B', S, K, A], B' a prefix of the queries' batch dimensions B.
         value: [*B', S, K, A].
         mask: bool, True where a query may look: [*B', 1, S] (the same for all rows below), or
-            [*B, T, S] or [T, S] (B' = B only).
+            [*B, T, S] or [T, S] (B' = B only). What is hidden has weight 0 exactly, but must be
+            finite (0 · NaN is NaN): padding is computed from real embeddings, so it is.
     """
 
     key: jax.Array

@@ -172,7 +172,7 @@ class _Run:
         if newest is not None:
             meta = self.checkpoints.meta(newest)
             step, pending = newest, meta.pending
-            self.scores |= meta.scores
+            self.scores.update(meta.scores)
             logging.info("going on from step %d in %s", step, self.workdir)
         for name in forget_after(self.workdir, step):
             logging.info("removed %s: its step is done again", name)

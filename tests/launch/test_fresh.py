@@ -56,9 +56,11 @@ def test_prompts_are_the_same_in_levels_and_whole(policy: Policy) -> None:
         policy.encoder.check(lesson.guide, lesson.examples)
 
 
-def test_nothing_is_overwritten(folder: pathlib.Path) -> None:
-    with pytest.raises(HFError, match="policy"):
-        fresh_policy(folder, steps=1)
+def test_nothing_foreign_is_overwritten(tmp_path: pathlib.Path) -> None:
+    (tmp_path / "notes.txt").write_text("mine")
+    with pytest.raises(HFError, match="nothing is overwritten"):
+        fresh_policy(tmp_path, steps=1)
+    assert [path.name for path in tmp_path.iterdir()] == ["notes.txt"]
 
 
 @given(text=st.text())

@@ -110,9 +110,12 @@ def test_micro_batches_add_up_whatever_their_size(kind: str, seed: int, parts: i
     for index in np.split(np.arange(N * P * G), parts):
         pieces.append(value_gradient_sums({name: x[index] for name, x in rows.items()}, settings))
     np.testing.assert_allclose(sum(piece[0] for piece in pieces), value, rtol=1e-5, atol=1e-6)
-    # A token's gradient does not even depend on who shares its micro-batch: equal to the last bit.
+    # A token's gradient does not depend on who shares its micro-batch, but for the last bit (how
+    # the compiler groups the lanes of an exponential depends on the shape), of its terms before
+    # policy and KL cancel.
     together = np.concatenate([piece[1] for piece in pieces])
-    np.testing.assert_array_equal(together, np.asarray(gradient).reshape(-1, C)[order])
+    expected = np.asarray(gradient).reshape(-1, C)[order]
+    np.testing.assert_allclose(together, expected, rtol=1e-6, atol=1e-7)
     added = jax.tree.map(lambda *xs: sum(xs), *(piece[2] for piece in pieces))
     for name, expected in metrics(sums).items():
         np.testing.assert_allclose(

@@ -80,7 +80,7 @@ def test_no_filter_computes_nothing() -> None:
         SamplingSettings(),
         SamplingSettings(temperature=0.5),
         SamplingSettings(temperature=2.0, top_k=5),
-        SamplingSettings(top_p=0.8, min_p=0.05),
+        SamplingSettings(temperature=3.0, top_p=0.8, min_p=0.05),
     ],
 )
 def test_draws_follow_the_distribution(settings: SamplingSettings) -> None:
@@ -92,6 +92,7 @@ def test_draws_follow_the_distribution(settings: SamplingSettings) -> None:
     )
     scaled = logits_V.astype(np.float64) / settings.temperature
     kept = sorted(kept_oracle(scaled, settings))
+    assert len(kept) > 1  # else there is nothing to draw
     expected = np.exp(scaled[kept] - scaled[kept].max())
     expected *= draws / expected.sum()
     counts = np.bincount(np.asarray(tokens), minlength=vocab)

@@ -122,13 +122,13 @@ def test_a_kill_changes_nothing(
 
     seldom = world.settings(inputs, **EVALUATED, checkpoint__every=0)
     stop = StopAt("rollout", 8)
+
+    def kill() -> None:
+        if stop.reached:
+            raise Killed
+
     with pytest.raises(Killed):
-        train(
-            seldom,
-            tmp_path,
-            progress=stop,
-            poll=lambda: (_ for _ in ()).throw(Killed) if stop._stop else None,
-        )
+        train(seldom, tmp_path, progress=stop, poll=kill)
     assert [row["step"] for row in metrics(tmp_path)] == [0, 1, 2, 3], "killed in step 4"
     assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["2"]
     assert train(seldom, tmp_path).step == 4

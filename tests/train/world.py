@@ -120,28 +120,28 @@ def train(
 
 @dataclasses.dataclass
 class StopAt:
-    """Asks to stop when a note of the run's progress begins with `note` in step number `step`."""
+    """A `Progress` whose `poll` asks to stop at the count-th note that begins with `note`."""
 
     note: str
-    step: int
+    count: int
     signal: int = 15
-
-    def __post_init__(self) -> None:
-        self._steps, self._stop = 0, False
+    seen: int = 0
 
     def phase(self, name: str, *, total: int, done: int = 0) -> None:
-        """Part of `Progress`; counts from where the phase begins."""
-        self._done = done
+        """Part of `Progress`."""
 
     def tick(self, note: str = "") -> None:
         """Part of `Progress`."""
-        if note.startswith(self.note):
-            self._steps += 1
-            self._stop = self._steps >= self.step
+        self.seen += note.startswith(self.note)
+
+    @property
+    def reached(self) -> bool:
+        """Whether the note has been heard."""
+        return self.seen >= self.count
 
     def poll(self) -> None:
         """What the run polls."""
-        if self._stop:
+        if self.reached:
             raise Stopped(self.signal)
 
 

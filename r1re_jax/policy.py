@@ -122,7 +122,7 @@ class Policy:
                 level = pad_level(filled, limit=width, pad_id=0)
                 logits_PTV = np.asarray(_row_logits(*self._split, level.tokens))
                 for i, logits_TV in zip(batch, logits_PTV, strict=False):
-                    found[i] = logits_TV[: len(rows[i])]
+                    found[i] = logits_TV[: len(rows[i])].copy()  # not the whole batch kept alive
         return found
 
     def generate(

@@ -9,7 +9,6 @@ per row. The parts' softmaxes are merged as in online softmax (arXiv 1805.02867)
 """
 
 import dataclasses
-import functools
 import math
 from collections.abc import Sequence
 
@@ -58,7 +57,9 @@ def attend(query: jax.Array, parts: Sequence[Part]) -> jax.Array:
 
 
 # Scores are the largest arrays of the model: the backward pass computes them again.
-@functools.partial(jax.checkpoint, prevent_cse=False)  # it runs inside the scan over layers
+# The layers' scan is unrolled, where the compiler could merge that with the forward pass: the
+# default barrier against it stays.
+@jax.checkpoint
 def _partial(
     query: jax.Array, key: jax.Array, value: jax.Array, mask: jax.Array
 ) -> tuple[jax.Array, jax.Array, jax.Array]:

@@ -19,7 +19,7 @@ from r1re_jax.train.checkpoint import (
 )
 from r1re_jax.train.optimizer import OptimizerSettings, make_optimizer
 from r1re_jax.train.settings import Phase
-from r1re_jax.train.state import Layout, TrainState, create_state, place_params
+from r1re_jax.train.state import Layout, Params, TrainState, create_state, place_params
 from tests.train.world import assert_bit_equal, layout_on, mesh_of, one_device_mesh
 
 
@@ -33,9 +33,14 @@ def _made(mesh: jax.sharding.Mesh) -> tuple[TrainState, Layout, optax.GradientTr
     layout, params = layout_on(mesh)
     optimizer = make_optimizer(OptimizerSettings(learning_rate=0.1), matrices=layout.matrices)
     state = create_state(place_params(params, layout), optimizer, layout, step=3)
-    grads = jax.tree.map(lambda x: x * 0.5 + 0.25, state.params)
-    updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
-    params = optax.apply_updates(state.params, updates)
+
+    @jax.jit
+    def update(params: Params, opt_state: optax.OptState) -> tuple[Params, optax.OptState]:
+        grads = jax.tree.map(lambda x: x * 0.5 + 0.25, params)
+        updates, opt_state = optimizer.update(grads, opt_state, params)
+        return optax.apply_updates(params, updates), opt_state
+
+    params, opt_state = update(state.params, state.opt_state)
     return dataclasses.replace(state, params=params, opt_state=opt_state), layout, optimizer
 
 

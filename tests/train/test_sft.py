@@ -6,6 +6,7 @@ import jax
 import numpy as np
 import pytest
 
+from r1re_jax.model.qwen import Remat
 from r1re_jax.model.tree import LimitError
 from r1re_jax.task.prompts import sft_completion
 from r1re_jax.train.optimizer import OptimizerSettings
@@ -21,8 +22,13 @@ SETTINGS = SFTSettings(
 )
 
 
-def _begin(settings: SFTSettings = SETTINGS, *, mesh: tuple[int, int, int] = (1, 1, 1)):
-    layout, params = layout_on(mesh_of(*mesh))
+def _begin(
+    settings: SFTSettings = SETTINGS,
+    *,
+    mesh: tuple[int, int, int] = (1, 1, 1),
+    remat: Remat = Remat.NONE,
+) -> tuple[SFT, TrainState]:
+    layout, params = layout_on(mesh_of(*mesh), remat=remat)
     phase = make_sft(
         settings,
         limits=LIMITS,
@@ -86,6 +92,12 @@ def test_a_mesh_changes_nothing(whole) -> None:
     _, first, _ = whole
     np.testing.assert_allclose(result.metrics["loss"], first.metrics["loss"], rtol=1e-5)
     _close(jax.device_get(result.state.params), first.state.params)
+
+
+def test_recomputing_changes_nothing(whole) -> None:
+    result = _do(*_begin(remat=Remat.LAYER))
+    _, first, _ = whole
+    _close(result.state.params, first.state.params)
 
 
 def test_a_gradient_that_is_not_finite_leaves_the_state_alone() -> None:

@@ -12,6 +12,7 @@ from flax import nnx
 from jax.sharding import Mesh
 
 from r1re_jax import sharding
+from r1re_jax.model.qwen import Remat, abstract_qwen
 from r1re_jax.policy import Limits, save_policy
 from r1re_jax.report.writers import JsonlWriter
 from r1re_jax.task.lessons import DatasetSource
@@ -38,11 +39,14 @@ def mesh_of(data: int, fsdp: int, tensor: int) -> Mesh:
     return Mesh(devices, sharding.MESH_AXES, axis_types=(jax.sharding.AxisType.Auto,) * 3)
 
 
-def layout_on(mesh: Mesh) -> tuple[Layout, dict[str, np.ndarray]]:
+def layout_on(
+    mesh: Mesh, *, dtype: str = "float32", remat: Remat = Remat.NONE
+) -> tuple[Layout, dict[str, np.ndarray]]:
     """The tiny policy's layout, and its parameters on the host."""
     policy = tiny_policy()
     params = flat_params(nnx.state(policy.model))
-    return model_layout(policy.model, mesh), jax.device_get(params)
+    model = abstract_qwen(policy.config, dtype=dtype, remat=remat)
+    return model_layout(model, mesh), jax.device_get(params)
 
 
 def examples(count: int = 16) -> tuple[Example, ...]:

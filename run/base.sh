@@ -7,7 +7,7 @@ python="${PYTHON:-.venv/bin/python}"
 export JAX_PLATFORMS=cpu HF_HUB_OFFLINE=1
 
 [ -d build/base/fresh ] || "$python" -m run.miniworld --fresh=build/base/fresh
-for stage in quote short full; do
+for stage in short full; do
   [ -d "build/base/$stage" ] && continue
   "$python" -m run.train --config="configs/miniworld_base.py:$stage" --workdir="build/base/run-$stage"
   "$python" -m run.export --workdir="build/base/run-$stage" --out="build/base/$stage"

@@ -8,15 +8,14 @@ Nothing is trained and no weights are read: of a model folder only config.json i
 import json
 import sys
 
-from absl import app, flags
-from ml_collections import config_flags
+from absl import app
 
 from r1re_jax.train.config import configuration_hash, read_settings, resolved
 from r1re_jax.train.start import abstract_model, run_mesh
 from r1re_jax.train.state import model_layout, parameter_table
+from run.recipe import define_config, parse
 
-CONFIG = config_flags.DEFINE_config_file("config", None, "FILE[:arg] with get_config(arg)")
-flags.mark_flags_as_required(["config"])
+CONFIG = define_config()
 
 
 def main(argv: list[str]) -> None:
@@ -34,4 +33,4 @@ def main(argv: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    app.run(main)
+    app.run(main, flags_parser=parse)

@@ -13,8 +13,7 @@ import sys
 from collections.abc import Mapping
 from typing import Any
 
-from absl import app, flags
-from ml_collections import config_flags
+from absl import app, flags, logging
 
 from r1re_jax.report.progress import open_progress
 from r1re_jax.report.writers import JsonlWriter, TensorBoardWriter, Writer
@@ -23,10 +22,12 @@ from r1re_jax.train.loop import Hooks, Outcome, run_training
 from r1re_jax.train.settings import Settings
 from r1re_jax.train.signals import StopSignals
 from r1re_jax.train.update import NonFiniteError, SamplerDriftError
+from run.recipe import define_config, parse
 
-CONFIG = config_flags.DEFINE_config_file("config", None, "FILE[:arg] with get_config(arg)")
-WORKDIR = flags.DEFINE_string("workdir", None, "folder of the run, new or to go on in")
-flags.mark_flags_as_required(["config", "workdir"])
+CONFIG = define_config()
+WORKDIR = flags.DEFINE_string(
+    "workdir", None, "folder of the run, new or to go on in", required=True
+)
 
 
 def train(config: Mapping[str, Any], workdir: pathlib.Path, *, again: str) -> Settings:
@@ -37,6 +38,7 @@ def train(config: Mapping[str, Any], workdir: pathlib.Path, *, again: str) -> Se
         workdir: folder of the run.
         again: command that goes on after a signal.
     """
+    logging.set_verbosity(logging.WARNING)  # Orbax tells of every save in a dozen lines
     with StopSignals() as signals, contextlib.closing(open_progress(sys.stderr)) as progress:
 
         def writers(resume_step: int) -> tuple[Writer, ...]:
@@ -72,4 +74,4 @@ def _farewell(outcome: Outcome, workdir: pathlib.Path, again: str) -> None:
 
 
 if __name__ == "__main__":
-    app.run(main)
+    app.run(main, flags_parser=parse)

@@ -185,3 +185,35 @@ def test_help(name: str, shown: str) -> None:
     assert shown in process.stdout
     assert f"python -m run.{name}" in process.stdout
     assert "Error" not in process.stderr
+
+
+RECIPE = "--config=configs/miniworld.py"
+
+
+def show(*args: str) -> subprocess.CompletedProcess[str]:
+    """Run `python -m run.show` as a process: overrides are read from the command line itself."""
+    command = [sys.executable, "-m", "run.show", *args]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+
+
+def test_a_flag_sets_keys_that_the_recipe_has_and_lacks() -> None:
+    process = show(RECIPE, "--config.grpo.steps=7", "--config.grpo.loss=dr_grpo")
+    assert process.returncode == 0, process.stderr
+    settings = json.loads(process.stdout[: process.stdout.index("\nhash ")])
+    assert settings["grpo"]["steps"] == 7
+    assert settings["grpo"]["loss"] == "dr_grpo"
+
+
+@pytest.mark.parametrize(
+    ("flag", "message"),
+    [
+        ("--config.grpo.stps=3", "unknown key grpo.stps; did you mean grpo.steps?"),
+        ("--config.grpo.loss=dr_grp", "did you mean 'dr_grpo'?"),
+        ("--config.mehs.data=2", "the recipe has no section for one of the keys: 'mehs'"),
+    ],
+)
+def test_a_flag_that_nothing_reads_is_refused(flag: str, message: str) -> None:
+    process = show(RECIPE, flag)
+    assert process.returncode == 1
+    assert message in process.stderr
+    assert "Traceback" not in process.stderr

@@ -1,0 +1,32 @@
+"""The --config flag of the entry points that take a recipe."""
+
+import sys
+from collections.abc import Sequence
+
+from absl import app, flags
+from ml_collections import config_flags
+
+
+def define_config() -> flags.FlagHolder:
+    """Define --config=FILE[:arg] and --config.key=value; the flag must be given.
+
+    Keys that the recipe leaves at their defaults can be set too. What no setting reads is refused
+    by `r1re_jax.train.config.read_settings`, with the nearest match.
+    """
+    flag = config_flags.DEFINE_config_file(
+        "config",
+        None,
+        "FILE[:arg] with get_config(arg)",
+        lock_config=False,
+        accept_new_attributes=True,
+    )
+    flags.mark_flags_as_required(["config"])
+    return flag
+
+
+def parse(argv: Sequence[str]) -> list[str]:
+    """Parse flags, for `app.run`; say which section a key lacks instead of how that came out."""
+    try:
+        return app.parse_flags_with_usage(argv)
+    except KeyError as error:
+        sys.exit(f"--config: the recipe has no section for one of the keys: {error.args[0]}")

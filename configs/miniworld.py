@@ -20,7 +20,7 @@ def get_config(variant: str = "") -> ConfigDict:
         dict(
             seed=0,
             model=dict(path="base:miniworld", dtype="float32", remat="none"),
-            limits=dict(guide=448, question=72, completion=60),
+            limits=dict(guide=352, question=64, completion=56),
             data=dict(
                 train=dict(kind="miniworld", options=dict(stages=stages)),
                 eval=dict(
@@ -51,7 +51,14 @@ def get_config(variant: str = "") -> ConfigDict:
                 kl_coefficient=0.001,
                 chunk=20,
             ),
-            evaluate=dict(every=0, samples=4, temperature=1.0, greedy=True, batch=50),
+            evaluate=dict(
+                every=0,
+                samples=4,
+                temperature=1.0,
+                greedy=True,
+                batch=50,
+                at_start=not sft_only,
+            ),
             checkpoint=dict(every=40, keep=2, best=""),
             log=dict(every=1, completions=10),
         )

@@ -19,7 +19,7 @@ TEMPLATE = PromptTemplate(
     system="You annotate relations.",
     instruction="Read the guide, then label the pair in the sentence.",
 )
-LIMITS = Limits(guide=448, question=96, completion=48)
+LIMITS = Limits(guide=352, question=64, completion=56)
 # What a guide's line begins with; a unit of the tokenizer.
 LINE_MARK = "- **"
 # Of the tokenizer's corpus: every kind of lesson, with the words in the order of a prompt.

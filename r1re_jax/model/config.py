@@ -77,10 +77,10 @@ PRESETS: dict[str, ModelConfig] = {
     "nano": ModelConfig(
         vocab=2048,
         layers=4,
-        width=128,
+        width=256,
         query_heads=4,
         kv_heads=2,
-        head_size=32,
+        head_size=48,
         mlp_width=384,
         rope_theta=1e6,
         tied=True,

@@ -70,8 +70,8 @@ def test_only_a_wired_model_quotes() -> None:
 def naming_accuracy(model: Qwen, *, lines: int = 6, rows: int = 32) -> float:
     """Choose among a guide's names the one in whose line a later quotation stands.
 
-    A line is the anchor, a name and ten other words, no word twice; the quotation is the tenth from
-    the end of its line, and the name is asked for three words later, behind an anchor.
+    A line is the anchor, a name and ten other words, no word twice; the quotation is the fifth and
+    sixth of its line, and the name is asked for three words later, behind an anchor.
     """
     rng = np.random.default_rng(2)
     asked, names, gold = [], [], rng.integers(lines, size=rows)
@@ -79,7 +79,7 @@ def naming_accuracy(model: Qwen, *, lines: int = 6, rows: int = 32) -> float:
         words = rng.permutation(np.arange(1, CONFIG.vocab))
         guide, filler = words[: lines * 11].reshape(lines, 11), words[lines * 11 :]
         row = np.concatenate([np.insert(guide, 0, ANCHOR, axis=1).ravel(), filler[:40]])
-        asked.append([*row, guide[answer, 5], *filler[40:42], ANCHOR])
+        asked.append([*row, *guide[answer, 4:6], *filler[40:42], ANCHOR])
         names.append(guide[:, 0])
     last = np.asarray(logits(model, np.array(asked, np.int32)))[:, -1]
     return float((np.take_along_axis(last, np.array(names), 1).argmax(-1) == gold).mean())
@@ -90,7 +90,30 @@ def test_only_a_wired_model_names_the_line_of_a_quotation() -> None:
     assert naming_accuracy(wired()) > 0.55
 
 
-def test_first_heads_look_one_and_three_tokens_back() -> None:
+def following_accuracy(model: Qwen, *, lines: int = 6, rows: int = 32) -> float:
+    """Quote a line whose words the other lines share: which of their next words is likeliest?
+
+    A line is the anchor, a name of its own, a word that stands in all lines and a last word of its
+    own. The anchor, a name and the shared word are said again, and the last word is asked for.
+    """
+    rng = np.random.default_rng(3)
+    asked, ends, gold = [], [], rng.integers(lines, size=rows)
+    for answer in gold:
+        words = rng.permutation(np.arange(1, CONFIG.vocab))
+        names, last, shared, filler = words[:lines], words[20 : 20 + lines], words[40], words[50:80]
+        guide = [[ANCHOR, name, shared, end] for name, end in zip(names, last, strict=True)]
+        asked.append([*np.ravel(guide), *filler, ANCHOR, names[answer], shared])
+        ends.append(last)
+    said = np.asarray(logits(model, np.array(asked, np.int32)))[:, -1]
+    return float((np.take_along_axis(said, np.array(ends), 1).argmax(-1) == gold).mean())
+
+
+def test_only_a_wired_model_goes_on_in_the_same_line() -> None:
+    assert following_accuracy(unwired()) < 0.4
+    assert following_accuracy(wired()) > 0.55
+
+
+def test_first_heads_look_one_to_four_tokens_back() -> None:
     blocks = wired().layers
     heads = lambda bias: bias[...][0].reshape(1, 1, -1, CONFIG.head_size)  # noqa: E731
     at = jnp.arange(200, dtype=jnp.int32)[None]
@@ -99,8 +122,8 @@ def test_first_heads_look_one_and_three_tokens_back() -> None:
         for bias in (blocks.query.bias, blocks.key.bias)
     ]
     query, key = (np.asarray(one, np.float64) for one in turned)
-    for head, back in ((0, 1), (1, 3)):
-        scores = np.where(np.tri(200, dtype=bool), query[:, head] @ key[:, 0].T, -np.inf)
+    for head, back in enumerate((1, 2, 3, 4)):
+        scores = np.where(np.tri(200, dtype=bool), query[:, head] @ key[:, head // 2].T, -np.inf)
         np.testing.assert_array_equal(scores.argmax(-1)[back:], np.arange(200 - back))
 
 
@@ -129,10 +152,17 @@ def test_wiring_leaves_the_rest_as_it_was() -> None:
 
 @pytest.mark.parametrize(
     "shape",
-    [{"layers": 2}, {"tied": False}, {"head_size": 6}, {"width": 64}, {"kv_heads": 4}],
-    ids=["two layers", "untied", "small head", "narrow", "ungrouped"],
+    [
+        {"layers": 2},
+        {"tied": False},
+        {"head_size": 6},
+        {"width": 64},
+        {"kv_heads": 4},
+        {"kv_heads": 1},
+    ],
+    ids=["two layers", "untied", "small head", "narrow", "ungrouped", "one group"],
 )
 def test_models_that_cannot_be_wired_are_refused(shape: dict[str, int]) -> None:
     model = abstract_qwen(dataclasses.replace(CONFIG, vocab=32, **shape))
-    with pytest.raises(ValueError, match="three layers, a tied head, two query heads"):
+    with pytest.raises(ValueError, match="three layers, a tied head, two key-value heads"):
         wire_reading(model, anchor=ANCHOR)

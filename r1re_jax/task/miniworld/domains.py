@@ -14,6 +14,10 @@ from r1re_jax.task.miniworld import words
 
 # Titles, in the order general, medical; invented domains are called after their first word.
 GENERAL, MEDICAL = "general", "medical"
+# Of an invented domain: words that several of its names and cues share, and how often they do.
+COMMON_WORDS, COMMON_SHARE = 3, 0.5
+# Of an invented domain that does not talk of the general domain's things.
+INVENTED_NOUNS = 12
 
 
 @dataclasses.dataclass(frozen=True)
@@ -95,15 +99,15 @@ def medical() -> Domain:
     Relation names: Gao et al., 2025 (MDKG), as R1-RE uses them (arXiv 2507.04642, section 4).
     """
     relations = (
-        _relation("associated_with", "member topic", "correlates alongside", "accompanies"),
+        _relation("associated_with", "member topic", "coincides with", "accompanies"),
         _relation("treatment_for", "agent effect", "alleviates", "responds to"),
-        _relation("occurs_in", "effect collection", "afflicts", "contracts"),
-        _relation("risk_factor_of", "cause effect", "predisposes", "is provoked by"),
+        _relation("occurs_in", "effect collection", "afflicts", "develops"),
+        _relation("risk_factor_of", "cause effect", "fosters", "is provoked by"),
         _relation("hyponym_of", "member collection", "ranks under", "subsumes"),
-        _relation("abbreviation_for", "message content", "abbreviates", "shortens to"),
+        _relation("abbreviation_for", "message content", "stands for", "is shortened as"),
         _relation("characteristic_of", "component whole", "typifies", "manifests"),
-        _relation("help_diagnose", "instrument topic", "screens for", "is detected via"),
-        _relation("located_in", "entity container", "resides within", "harbours"),
+        _relation("help_diagnose", "instrument topic", "confirms", "is detected via"),
+        _relation("located_in", "entity container", "resides within", "encloses"),
     )
     return Domain(MEDICAL, relations, words.MEDICAL_NOUNS)
 
@@ -123,9 +127,9 @@ def invented(
         relations: how many, each with a cue in either direction.
         none: whether there is a none label.
         spelled: share of words of random letters, see `words.invented_word`.
-        short: whether names and cues are single words of one syllable.
+        short: whether names and cues are single words of one syllable, and mentions plain nouns.
     """
-    style = rng.choice((_hyphenated, _underscored, _upper))
+    style = rng.choice((_hyphenated, _underscored))
     taken: set[str] = set()
 
     def word(syllables: int = 1) -> str:
@@ -137,20 +141,34 @@ def invented(
         taken.add(made)
         return made
 
+    # As "of", "is" and "by" in real names and cues, these say nothing of which relation is meant.
+    common = [word() for _ in range(COMMON_WORDS)]
+
+    def phrase(sizes: Sequence[int]) -> list[str]:
+        """Draw as many words as one of `sizes`; of several, the last is often a common one."""
+        made = [word(rng.choice((1, 1, 2, 3))) for _ in range(rng.choice(sizes))]
+        if len(made) > 1 and rng.random() < COMMON_SHARE:
+            made[-1] = rng.choice(common)
+        return made
+
+    def name() -> str:
+        return style([word()] if short else phrase((1, 2, 2, 3)))
+
     def cue() -> str:
         if short:
             return word()
-        return " ".join(word(rng.choice((1, 1, 2))) for _ in range(rng.choice((1, 2))))
+        made = phrase((1, 2))
+        return " ".join(rng.sample(made, len(made)))
 
     made = []
     for _ in range(relations):
         cues = (Cue(fresh(cue), True), Cue(fresh(cue), False))
-        name = fresh(
-            lambda: style([word() for _ in range(1 if short else rng.choice((1, 2, 2, 3)))])
-        )
-        made.append(Relation(name, word(), word(), cues))
+        made.append(Relation(fresh(name), word(), word(), cues))
     label = rng.choice(("Other", "none", "undefined", "no_relation")) if none else None
-    return Domain(word(2), tuple(made), words.GENERAL_NOUNS, none=label)
+    nouns = words.GENERAL_NOUNS
+    if not short and rng.random() < 0.5:
+        nouns = tuple(fresh(lambda: word(rng.choice((1, 2, 3)))) for _ in range(INVENTED_NOUNS))
+    return Domain(word(2), tuple(made), nouns, none=label)
 
 
 def permuted(domain: Domain, rng: random.Random) -> Domain:
@@ -185,13 +203,32 @@ def listed(domain: Domain, rng: random.Random, *, cues: int) -> Domain:
     )
 
 
+def strangers(
+    domain: Domain, rng: random.Random, *, relations: int, spelled: float = 0.0
+) -> tuple[Cue, ...]:
+    """Invent cues that the domain's guide does not list, for sentences of the none label.
+
+    None equals or ends with a listed cue: a reader would find that one in the sentence.
+
+    Args:
+        domain: what is listed.
+        rng: source of all choices.
+        relations: how many relations to invent; their cues are returned.
+        spelled: as in `invented`.
+    """
+    listed_cues = [f" {cue.words}" for relation in domain.relations for cue in relation.cues]
+    made = [
+        cue
+        for relation in invented(rng, relations=relations, spelled=spelled).relations
+        for cue in relation.cues
+        if not any(f" {cue.words}".endswith(known) for known in listed_cues)
+    ]
+    return tuple(made) or strangers(domain, rng, relations=relations, spelled=spelled)
+
+
 def _hyphenated(parts: Sequence[str]) -> str:
     return "-".join(part.capitalize() for part in parts)
 
 
 def _underscored(parts: Sequence[str]) -> str:
     return "_".join(parts)
-
-
-def _upper(parts: Sequence[str]) -> str:
-    return "-".join(parts[:2]).upper()

@@ -113,7 +113,7 @@ class WorldSource:
             return Lesson(guide, tuple(quoting_example(guide, rng, identity=one) for one in names))
         none = stage.none_share > 0 and rng.random() < 0.5
         domain = _domain(rng, kind, count, none=none, spelled=stage.spelled, short=stage.short)
-        strange = domains.invented(rng, relations=2, spelled=stage.spelled).relations
+        strange = domains.strangers(domain, rng, relations=2, spelled=stage.spelled)
         examples = tuple(
             write_example(
                 domain,
@@ -122,7 +122,7 @@ class WorldSource:
                 distractors=stage.distractors,
                 none_share=stage.none_share,
                 plain=stage.plain,
-                strange=tuple(cue for relation in strange for cue in relation.cues),
+                strange=strange,
                 split="train",
             )
             for i in range(self.questions)
@@ -178,7 +178,7 @@ def examples(
     world = domains.listed(made[domain](), random.Random(0), cues=1)
     if domain == domains.GENERAL:
         world = dataclasses.replace(world, nouns=words.GENERAL_NOUNS_HELD_OUT)
-    strange = domains.invented(rng, relations=4).relations
+    strange = domains.strangers(world, rng, relations=4)
     sentences = tuple(
         write_example(
             world,
@@ -186,7 +186,7 @@ def examples(
             identity=f"{domain}-{seed}-{i}",
             distractors=FULL.distractors,
             none_share=FULL.none_share,
-            strange=tuple(cue for relation in strange for cue in relation.cues),
+            strange=strange,
             split="test",
         )
         for i in range(count)

@@ -74,7 +74,7 @@ def write_example(
     text = f"{left}{head}{middle}{tail}{after}."
     text = text[0].upper() + text[1:]
     start = len(left) + len(head) + len(middle)
-    label, reasoning = _answer(domain, relation, cue)
+    label, reasoning = _answer(domain, relation, cue, said=f"{adverb}{cue.words}")
     return task.Example(
         id=identity,
         text=text,
@@ -136,13 +136,13 @@ def _mention(noun: str, rng: random.Random, *, adjective: float) -> str:
     return f"{rng.choice(words.ADJECTIVES)} {noun}" if rng.random() < adjective else noun
 
 
-def _answer(domain: Domain, relation: Relation | None, cue: Cue) -> tuple[str, str]:
-    """Return the label and its reasoning: the cue as the guide goes on from it, and its relation.
+def _answer(domain: Domain, relation: Relation | None, cue: Cue, *, said: str) -> tuple[str, str]:
+    """Return the label and its reasoning: what joins the pair, how the guide goes on, whose it is.
 
     The statement goes on with the role of e2: "stems from X" makes e2 the X, hence Relation(e2,e1).
     """
     if relation is None:
-        return domain.none, f"Cue: {cue.words}, not in the guide\n- **{domain.none}**"
+        return domain.none, f"Cue: {said}, not in the guide\n- **{domain.none}**"
     role = "Y" if cue.forward else "X"
     label = f"{relation.name}({'e1,e2' if cue.forward else 'e2,e1'})"
-    return label, f"Cue: {cue.words} {role}\n- **{relation.name}**"
+    return label, f"Cue: {said} {role}\n- **{relation.name}**"

@@ -57,23 +57,25 @@ CLOSERS = (
 )
 
 _LETTERS = "abcdefghijklmnopqrstuvwxyz"
-_ONSETS = "b c d f g h j k l m n p r s t v w y z bl ch cr dr fl gr pl sh sp st th tr wh qu".split()
-_NUCLEI = "a e i o u ai ea ou y".split()
-_CODAS = "b ck d f g l m n ng p r rt s ss t st x nd lk mp".split()
-
-
-def _syllables(count: int) -> tuple[str, ...]:
-    """Draw a fixed set of syllables, the same in every process."""
-    rng = random.Random("syllables")
-    made = {}
-    while len(made) < count:
-        made[rng.choice(_ONSETS) + rng.choice(_NUCLEI) + rng.choice(_CODAS)] = None
-    return tuple(made)
-
-
-# Few enough for a small tokenizer to give each a token: what is hard in an invented word is that it
-# means nothing, not how it is spelled.
-SYLLABLES = _syllables(300)
+# English syllables, prefixes and endings: invented words are made of them, so that a tokenizer
+# that saw these alone cuts a real word that it does not know into a few of them. What is hard in
+# an invented word is that it means nothing, not how it is spelled.
+SYLLABLES = tuple(
+    """able ac act ad age al ance ant ap ar ary at ate ated ates ation au be ber bi bl br cal
+    can cap car cas cede ceed cent cer ch cid cl claim co com con cor cord cour cred cur dec den
+    der di dic dif dis dom duct dy ec ed ef el em en ence ent ep er ers es est ev ever ex fal
+    fect fer fi fid fin fix fl flect fol for form fr ful fus gen ger gl grad gram gress gul hal
+    har hel her hood hy ible ic ide ies if ile im in ine ing inter ion ise ish ism ist ite ity
+    ive ize ject jud junct kin lap lat le lec leg len less let lev lig line ling loc log low lud
+    ly lyn mag man mand mar mas med mem men ment mer met mid min mis mit mod mon mot mun na nal
+    nate nav nect ness net nif niz nom nor nov num oc of on op or ory ous out over ow par pass
+    pat ped pel pen per pet ph phon pic pl plan ple plic pon pop port pos pr pre pres press prim
+    pro prob pul punct quar que quir rad ran rec reg rel rep res rev rib rid rig rob rog rop rup
+    sal scr sec sen ser shap ship side sign sim sist sk sol son spec spir st stan sting str sub
+    sult sup sur sym sys ta tain tal tang tect tel tem ten ter tic til tim tion tor tow tract
+    trans tri trib tur ture ty ul un under up ur val var vel ven ver vers vi vid vis viv voc vok
+    vol wal ward way wel wil wit wor""".split()
+)
 
 
 def invented_word(rng: random.Random, *, syllables: int = 1, spelled: float = 0.0) -> str:

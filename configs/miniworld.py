@@ -8,12 +8,14 @@ hardware:  2 CPU cores
 
 from ml_collections import ConfigDict
 
-SFT_STEPS, GRPO_STEPS = 30, 80
+# Of SFT and GRPO: steps, and questions of each of a step's two guides.
+SFT_STEPS, SFT_QUESTIONS = 30, 8
+GRPO_STEPS, GRPO_QUESTIONS = 80, 4
 
 
 def get_config(variant: str = "") -> ConfigDict:
     """Return the recipe, or its supervised counterpart."""
-    lessons = dict(until=1, fewest=7, most=9, distractors=0.2, none_share=0.1, spelled=0.1)
+    lessons = dict(until=1, fewest=7, most=9, distractors=0.2, none_share=0.2, spelled=0.2)
     stages = [dict(lessons, kinds=["general", "general", "permuted", "invented"])]
     sft_only = variant == "sft_only"
     return ConfigDict(
@@ -32,21 +34,22 @@ def get_config(variant: str = "") -> ConfigDict:
                 ),
             ),
             sft=dict(
-                steps=SFT_STEPS + (GRPO_STEPS if sft_only else 0),
+                steps=SFT_STEPS + (GRPO_STEPS * GRPO_QUESTIONS // SFT_QUESTIONS if sft_only else 0),
                 trees=2,
-                questions=4,
-                learning_rate=3e-4,
+                questions=SFT_QUESTIONS,
+                learning_rate=1e-4,
                 warmup=5,
                 schedule="constant",
             ),
             grpo=dict(
                 steps=0 if sft_only else GRPO_STEPS,
                 trees=2,
-                questions=4,
+                questions=GRPO_QUESTIONS,
                 group=8,
-                learning_rate=3e-4,
+                learning_rate=5e-5,
                 warmup=5,
                 schedule="constant",
+                b2=0.99,
                 temperature=1.0,
                 kl_coefficient=0.001,
                 chunk=20,

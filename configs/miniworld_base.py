@@ -4,8 +4,8 @@ command:   bash run/base.sh     (untrained policy, then the stages below, each f
 hardware:  2 CPU cores
 stages:    short   definitions without meaning, to be quoted, and invented guides of two to four
                    relations with plain sentences
-           full    invented guides of up to nine relations, and names that lie
-None sees the general domain's guide or anything medical: what is taught is to read a guide.
+           full    invented guides of up to nine relations and a none label, richer sentences
+None sees anything of the general or the medical domain: what is taught is to read a guide.
 """
 
 from ml_collections import ConfigDict
@@ -28,12 +28,14 @@ STAGES = {
     "full": dict(
         start="build/base/short",
         limits=dict(guide=352, question=64, completion=56),
-        steps=400,
+        steps=480,
         decay_steps=500,
         mix=dict(
-            kinds=["invented", "invented", "permuted"],
+            kinds=["invented"],
             fewest=3,
             most=9,
+            distractors=0.2,
+            none_share=0.1,
             spelled=0.3,
         ),
     ),

@@ -303,9 +303,8 @@ def sft_completion(example: Example, *, reasoning: bool = True) -> str:
 
     Args:
       example: an example with a label.
-      reasoning: the example's own reasoning, or a plain sentence on the mentions where it has
-        none; False teaches the bare format, with a dash for a thought (blank thoughts are
-        malformed).
+      reasoning: the example's own reasoning, or `plain_reasoning` where it has none; False teaches
+        the bare format, with a dash for a thought (blank thoughts are malformed).
 
     Returns:
       `<think>…</think><answer>label</answer>`.
@@ -329,11 +328,15 @@ def sft_completion(example: Example, *, reasoning: bool = True) -> str:
 
 
 def plain_reasoning(example: Example) -> str:
-    """A short thought from the sentence alone: the mentions and the words between them."""
+    """A short thought where none is given: the words between the mentions, and the label's line.
+
+    Args:
+      example: an example with a label.
+    """
     words = example.between.split()
     middle = " ".join(words[:BETWEEN_WORDS]) + (" ..." if len(words) > BETWEEN_WORDS else "")
-    link = f'between them: "{middle}"' if middle else "nothing between them"
-    thought = f'e1 is "{example.head.text}", e2 is "{example.tail.text}", {link}.'
+    name = example.label.partition("(")[0]
+    thought = f"Cue: {middle or 'nothing between'}\n- **{name}**"
     return re.sub("|".join(map(re.escape, RESERVED_TAGS)), "", thought)
 
 

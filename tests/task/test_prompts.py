@@ -285,8 +285,7 @@ def test_templates_with_outer_white_space_are_refused(fields: dict[str, str]) ->
 
 def test_completions_to_learn_from_are_right(encoder: PromptEncoder) -> None:
     assert sft_completion(CAT) == (
-        '<think>e1 is "cat", e2 is "mat", between them: "sat on the".</think>'
-        "<answer>R(e1,e2)</answer>"
+        "<think>Cue: sat on the\n- **R**</think><answer>R(e1,e2)</answer>"
     )
     reasoned = dataclasses.replace(CAT, reasoning=" It sits.\n")
     assert sft_completion(reasoned) == "<think>It sits.</think><answer>R(e1,e2)</answer>"
@@ -298,12 +297,11 @@ def test_completions_to_learn_from_are_right(encoder: PromptEncoder) -> None:
 
 
 def test_plain_reasoning_is_short() -> None:
-    assert plain_reasoning(parse_tagged("<e1>a</e1><e2>b</e2>")) == (
-        'e1 is "a", e2 is "b", nothing between them.'
+    assert plain_reasoning(parse_tagged("<e1>a</e1><e2>b</e2>", label="Other")) == (
+        "Cue: nothing between\n- **Other**"
     )
-    long = parse_tagged(f"<e1>a</e1>{' w' * 40} <e2>b</e2>")
-    assert plain_reasoning(long).count("w") == 13
-    assert plain_reasoning(long).endswith(' w ...".')
+    long = parse_tagged(f"<e1>a</e1>{' w' * 40} <e2>b</e2>", label="R(e2,e1)")
+    assert plain_reasoning(long) == f"Cue:{' w' * 12} ...\n- **R**"
 
 
 @given(st.text(min_size=1), st.text())

@@ -73,7 +73,7 @@ FULL = Stage(
     kinds=(Kind.GENERAL, Kind.PERMUTED, Kind.INVENTED),
     fewest=6,
     distractors=0.2,
-    none_share=0.1,
+    none_share=0.2,
     spelled=0.2,
 )
 

@@ -9,7 +9,7 @@ hardware:  2 CPU cores
 from ml_collections import ConfigDict
 
 # Of SFT and GRPO: steps, and questions of each of a step's two guides.
-SFT_STEPS, SFT_QUESTIONS = 30, 8
+SFT_STEPS, SFT_QUESTIONS = 40, 8
 GRPO_STEPS, GRPO_QUESTIONS = 80, 4
 
 
@@ -46,10 +46,11 @@ def get_config(variant: str = "") -> ConfigDict:
                 trees=2,
                 questions=GRPO_QUESTIONS,
                 group=8,
-                learning_rate=5e-5,
+                # Few samples a step: scales and biases alone, which move together for all words.
+                trainable=".*norm.*|.*bias",
+                learning_rate=1e-2,
                 warmup=5,
                 schedule="constant",
-                b2=0.99,
                 temperature=1.0,
                 kl_coefficient=0.001,
                 chunk=20,

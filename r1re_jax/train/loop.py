@@ -134,6 +134,7 @@ def run_training(
     check_workdir(workdir, settings, data=data.sha256)
     newest = newest_step(workdir)
     start = load_start(settings, mesh=mesh, guide=data.guide, fresh=newest is None)
+    _check_trainable(settings, start)
     check_prompts(data, [*sets.values()], encoder=start.policy.encoder, settings=settings)
     workdir = open_workdir(workdir, settings, data=data.sha256)
     if not (workdir / "policy" / "r1re.json").exists():
@@ -379,6 +380,16 @@ def _check_phases(settings: Settings, data: TrainingData, mesh: Mesh) -> None:
         if of.steps:
             check_mesh(of.trees, of.questions, of.micro_batch, mesh=mesh, phase=phase.value)
             data.source(of.trees, of.questions)
+
+
+def _check_trainable(settings: Settings, start: Start) -> None:
+    """Refuse a phase that would train no parameter of this policy."""
+    for phase, of in ((Phase.SFT, settings.sft), (Phase.GRPO, settings.grpo)):
+        try:
+            if of.steps:
+                make_optimizer(of.optimizer, matrices=start.layout.matrices)
+        except ValueError as error:
+            raise ValueError(f"{phase.value}: {error}") from error
 
 
 def _due(step: int, every: int) -> bool:

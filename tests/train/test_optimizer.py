@@ -2,6 +2,7 @@
 
 import math
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
@@ -86,3 +87,33 @@ def test_without_a_clip_norm_nothing_is_clipped() -> None:
         step, _ = optimizer.update(grads, optimizer.init(grads), grads)
         # With eps far above the root the step is gradient / eps.
         np.testing.assert_allclose(step["matrix"], -expected / 1e6, rtol=1e-3)
+
+
+def test_what_is_not_trainable_stays_and_counts_in_no_norm() -> None:
+    both = {"a.weight": jnp.ones((2, 2)), "a.bias": jnp.ones(3)}
+    grads = {"a.weight": jnp.full((2, 2), 50.0), "a.bias": jnp.array([3.0, 0.0, 4.0])}
+    settings = OptimizerSettings(learning_rate=0.1, clip_norm=1.0, trainable=r".*\.bias")
+    optimizer = make_optimizer(settings, matrices={"a.weight": True, "a.bias": False})
+    state = optimizer.init(both)
+    step, state = optimizer.update(grads, state, both)
+    assert not step["a.weight"].any()
+    # Alone, with the whole of its gradient's norm of 5.
+    alone = make_optimizer(
+        OptimizerSettings(learning_rate=0.1, clip_norm=1.0), matrices={"a.bias": False}
+    )
+    expected, _ = alone.update(
+        {"a.bias": grads["a.bias"]},
+        alone.init({"a.bias": both["a.bias"]}),
+        {"a.bias": both["a.bias"]},
+    )
+    np.testing.assert_array_equal(step["a.bias"], expected["a.bias"])
+    moments = [leaf.shape for leaf in jax.tree.leaves(state) if leaf.ndim]
+    assert moments == [(3,), (3,)], "what stays has no moments"
+
+
+def test_training_nothing_is_refused() -> None:
+    settings = OptimizerSettings(trainable="bias")
+    with pytest.raises(ValueError, match=r"trainable is 'bias'.*no parameter; there are a\.bias"):
+        make_optimizer(settings, matrices={"a.bias": False})
+    with pytest.raises(ValueError, match="no regular expression"):
+        OptimizerSettings(trainable="(")

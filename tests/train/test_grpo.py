@@ -230,10 +230,12 @@ def test_a_step_can_be_given_up_at_every_part() -> None:
         assert not any(leaf.is_deleted() for leaf in jax.tree.leaves(state))
 
 
-def test_a_bfloat16_sampler_is_measured_against_the_trainer() -> None:
+def test_a_bfloat16_sampler_is_measured_against_the_trainer(whole: StepResult) -> None:
     phase, state = _begin(dtype="bfloat16")
     figures = _do(phase, state).metrics
-    assert 1e-4 < figures["logp_gap"] < figures["logp_gap_max"] < 0.5
+    # How much they differ is the compiler's choice: it may keep more digits than bfloat16 has.
+    assert 0 < figures["logp_gap"] < figures["logp_gap_max"] < 0.5
+    assert abs(figures["entropy"] - whole.metrics["entropy"]) > 1e-6, "computed in bfloat16"
     assert all(np.isfinite(value) for value in figures.values())
     assert state.params["embed"].dtype == np.float32
 

@@ -233,7 +233,8 @@ def test_a_step_can_be_given_up_at_every_part() -> None:
 def test_a_bfloat16_sampler_is_measured_against_the_trainer(whole: StepResult) -> None:
     phase, state = _begin(dtype="bfloat16")
     figures = _do(phase, state).metrics
-    # How much they differ is the compiler's choice: it may keep more digits than bfloat16 has.
+    # On the CPU they differ by 1e-7 only, with and without xla_allow_excess_precision; why is not
+    # known. So this does not show what the gap is on a device that rounds.
     assert 0 < figures["logp_gap"] < figures["logp_gap_max"] < 0.5
     assert abs(figures["entropy"] - whole.metrics["entropy"]) > 1e-6, "computed in bfloat16"
     assert all(np.isfinite(value) for value in figures.values())

@@ -9,6 +9,8 @@ hardware:  2 CPU cores
 
 from ml_collections import ConfigDict
 
+from configs.parts import evaluate_all
+
 
 def get_config() -> ConfigDict:
     """Return the recipe."""
@@ -45,14 +47,7 @@ def get_config() -> ConfigDict:
                 kl_coefficient=0.001,
                 chunk=24,
             ),
-            evaluate=dict(
-                every=0,
-                samples=4,
-                temperature=1.0,
-                greedy=True,
-                batch=64,
-                at_start=False,
-            ),
+            evaluate=evaluate_all(batch=64, at_start=False),
             checkpoint=dict(every=50, keep=2, best=""),
             log=dict(every=1, completions=25),
         )

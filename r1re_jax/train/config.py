@@ -144,6 +144,10 @@ def _required(field: dataclasses.Field) -> bool:
 
 def _value(hint: Any, value: Any, key: str, problems: list[str]) -> Any:
     """Convert one value to its annotated type, or note why not and return None."""
+    if type(None) in typing.get_args(hint):
+        if value is None:
+            return None
+        (hint,) = (one for one in typing.get_args(hint) if one is not type(None))
     if dataclasses.is_dataclass(hint):
         return _section(hint, value, key + ".", problems)
     if typing.get_origin(hint) is Mapping or isinstance(hint, type) and issubclass(hint, Mapping):
@@ -174,6 +178,7 @@ def _mapping(hint: Any, values: Any, key: str, problems: list[str]) -> dict[str,
 
 
 def _described(hint: Any) -> str:
+    """Say what a value of this type looks like in a config."""
     if dataclasses.is_dataclass(hint) or typing.get_origin(hint) is Mapping:
         return "a section"
     if isinstance(hint, type) and issubclass(hint, enum.Enum):

@@ -20,12 +20,8 @@ from r1re_jax.task.readers import (
     resolve_data,
 )
 from r1re_jax.task.relations import DataError, Example, Guide, load_guide
-from r1re_jax.train.settings import (
-    DataKind,
-    EvalSetSettings,
-    Settings,
-    SourceSettings,
-)
+from r1re_jax.train.data_settings import DataKind, EvalSetSettings, SourceSettings
+from r1re_jax.train.settings import Settings
 
 PACKAGED = "packaged:"
 
@@ -128,7 +124,7 @@ def check_prompts(
         PromptError: levels whose tokens are not those of the whole prompt.
         DataError: training examples without label.
     """
-    limits = settings.limits
+    limits = settings.training_limits
     if data.guide is not None:
         check_levels(data.guide, data.examples, encoder=encoder, limits=limits)
         blank = [example.id for example in data.examples if not example.label]
@@ -146,7 +142,7 @@ def check_prompts(
             names=[example.id for example in data.examples],
         )
     for one in sets:
-        check_levels(one.guide, one.examples, encoder=encoder, limits=limits)
+        check_levels(one.guide, one.examples, encoder=encoder, limits=settings.limits)
 
 
 def check_levels(

@@ -6,9 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from r1re_jax.rollout.rollout import Rollout
-from r1re_jax.task.lessons import Lesson
-from r1re_jax.task.rewards import Verdict
+from r1re_jax.train.groups import Groups
 from r1re_jax.train.update import Gradient
 
 
@@ -21,9 +19,10 @@ class Clock:
         self._laps: dict[str, float] = {}
 
     def lap(self, name: str) -> None:
-        """Name what happened since the last lap."""
+        """Name what happened since the last lap; laps of one name add up."""
         now = time.perf_counter()
-        self._laps[f"seconds_{name}"] = now - self._last
+        key = f"seconds_{name}"
+        self._laps[key] = self._laps.get(key, 0.0) + now - self._last
         self._last = now
 
     def seconds(self) -> dict[str, float]:
@@ -31,54 +30,46 @@ class Clock:
         return {"seconds": self._last - self._start, **self._laps}
 
 
-def completion_rows(
-    lessons: Sequence[Lesson],
-    texts: Sequence[str],
-    verdicts: Sequence[Verdict],
-    rollout: Rollout,
-    advantage_NPG: np.ndarray,
-) -> tuple[dict[str, Any], ...]:
+def completion_rows(groups: Groups, advantage_NPG: np.ndarray) -> tuple[dict[str, Any], ...]:
     """Return one row per question: `{id, gold, samples: [{text, predicted, …, advantage}]}`."""
-    samples = [
-        {
-            "text": text,
-            "predicted": verdict.predicted,
-            "correct": verdict.correct,
-            "format_ok": verdict.format_ok,
-            "reward": verdict.reward,
-            "tokens": int(length),
-            "truncated": bool(truncated),
-            "advantage": float(advantage),
-        }
-        for text, verdict, length, truncated, advantage in zip(
-            texts,
-            verdicts,
-            rollout.length.reshape(-1),
-            rollout.truncated.reshape(-1),
-            advantage_NPG.reshape(-1),
-            strict=True,
-        )
-    ]
-    group = advantage_NPG.shape[-1]
-    examples = [example for lesson in lessons for example in lesson.examples]
+    trees, questions, samples = groups.reward.shape
     return tuple(
         {
-            "id": example.id,
-            "gold": example.label,
-            "samples": samples[i * group : (i + 1) * group],
+            "id": groups.examples[tree, question].id,
+            "gold": groups.examples[tree, question].label,
+            "samples": [
+                _sample(groups, (tree, question, sample), advantage_NPG)
+                for sample in range(samples)
+            ],
         }
-        for i, example in enumerate(examples)
+        for tree in range(trees)
+        for question in range(questions)
     )
 
 
-def sampling_metrics(
-    reward_NPG: np.ndarray, verdicts: Sequence[Verdict], rollout: Rollout
-) -> dict[str, float]:
-    """Return means over the step's completions, and how far rewards differ within groups."""
+def _sample(
+    groups: Groups, where: tuple[int, int, int], advantage_NPG: np.ndarray
+) -> dict[str, Any]:
+    verdict = groups.verdicts[where]
     return {
-        "reward": float(reward_NPG.mean()),
-        "reward_std": float(reward_NPG.std(axis=-1, ddof=1).mean()),
-        "frac_reward_zero_std": float((np.ptp(reward_NPG, axis=-1) == 0).mean()),
+        "text": groups.texts[where],
+        "predicted": verdict.predicted,
+        "correct": verdict.correct,
+        "format_ok": verdict.format_ok,
+        "reward": verdict.reward,
+        "tokens": int(groups.rollout.length[where]),
+        "truncated": bool(groups.rollout.truncated[where]),
+        "advantage": float(advantage_NPG[where]),
+    }
+
+
+def sampling_metrics(groups: Groups) -> dict[str, float]:
+    """Return means over all completions drawn, and how far rewards differ within groups."""
+    verdicts, rollout = groups.verdicts.ravel(), groups.rollout
+    return {
+        "reward": float(groups.reward.mean()),
+        "reward_std": float(groups.reward.std(axis=-1, ddof=1).mean()),
+        "frac_reward_zero_std": float(1 - groups.signal.mean()),
         "accuracy": float(np.mean([verdict.correct for verdict in verdicts])),
         "format_rate": float(np.mean([verdict.format_ok for verdict in verdicts])),
         "length": float(rollout.length.mean()),

@@ -15,7 +15,7 @@ import numpy as np
 import optax
 from flax import nnx
 
-from r1re_jax.model.qwen import Qwen
+from r1re_jax.model.qwen import Cache, Qwen
 from r1re_jax.model.tree import Level, Tree
 from r1re_jax.policy import Limits
 from r1re_jax.rl.advantages import group_advantages
@@ -23,14 +23,16 @@ from r1re_jax.rl.losses import token_weights
 from r1re_jax.rl.masks import length_mask
 from r1re_jax.rl.objective import objective
 from r1re_jax.rl.scoring import completion_logp
+from r1re_jax.rollout.decode import prefill
 from r1re_jax.rollout.keys import Purpose, example_ids, row_keys
 from r1re_jax.rollout.rollout import Rollout, generate
 from r1re_jax.rollout.sampling import SamplingSettings
 from r1re_jax.task.lessons import Lesson, Source
 from r1re_jax.task.prompts import PromptEncoder
-from r1re_jax.task.rewards import Verdict, relation_reward
+from r1re_jax.task.rewards import relation_reward
 from r1re_jax.train.batch import blocks, check_mesh, prompt_levels, spread, spread_tree
 from r1re_jax.train.figures import Clock, completion_rows, sampling_metrics, update_metrics
+from r1re_jax.train.groups import Groups, as_examples, join
 from r1re_jax.train.optimizer import learning_rate, make_optimizer
 from r1re_jax.train.settings import GRPOSettings
 from r1re_jax.train.state import Layout, Params, TrainState, model_state
@@ -66,6 +68,15 @@ class GRPOBlock:
     sampler_logp_NPGC: Any
     ref_logp_NPGC: Any = None
     old_logp_NPGC: Any = None
+
+
+@dataclasses.dataclass(frozen=True)
+class _Drawn:
+    """What a step drew: guides [N, S], groups, and in how many rounds."""
+
+    guide: Level
+    groups: Groups
+    draws: int
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -109,49 +120,65 @@ class GRPO:
             LimitError: a guide or question that is too long.
         """
         clock = Clock()
-        lessons = self.source.lessons(number - 1)
-        levels = prompt_levels(lessons, self.encoder, self.limits)
-        rollout = self._rollout(state.params, lessons, levels, number, tick)
-        clock.lap("rollout")
-        texts, verdicts = self._judge(lessons, rollout, tick)
-        clock.lap("reward")
-        reward_NPG = np.array([v.reward for v in verdicts], np.float32).reshape(
-            rollout.length.shape
-        )
-        advantage_NPG = np.asarray(group_advantages(reward_NPG, kind=self.settings.advantage))
-        tree = Tree(*levels, Level(rollout.tokens, rollout.length))
-        batch = self._scored(state.params, tree, rollout, advantage_NPG, tick)
+        drawn = self._draw(state.params, number, tick, clock)
+        kept = drawn.groups.choose(self.settings.questions)
+        advantage_NPG = np.asarray(group_advantages(kept.reward, kind=self.settings.advantage))
+        completion = Level(kept.rollout.tokens, kept.rollout.length)
+        tree = Tree(drawn.guide, kept.question, completion)
+        batch = self._scored(state.params, tree, kept.rollout, advantage_NPG, tick)
         clock.lap("reference")
         state, gradients = self._updates(state, batch, tick)
         clock.lap("update")
-        metrics = sampling_metrics(reward_NPG, verdicts, rollout)
+        metrics = sampling_metrics(drawn.groups)
+        metrics |= {
+            "draws": float(drawn.draws),
+            "frac_kept_zero_std": float(1 - kept.signal.mean()),
+        }
         metrics |= update_metrics(gradients)
         done = (number - 1 - self.first) * self.settings.inner_iterations
         rate = learning_rate(
             self.settings.optimizer, updates_per_step=self.settings.inner_iterations
         )
         metrics |= {"learning_rate": float(rate(done)), **clock.seconds()}
-        metrics["tokens_per_second"] = float(rollout.length.sum()) / metrics["seconds"]
-        rows = completion_rows(lessons, texts, verdicts, rollout, advantage_NPG)
-        return StepResult(state, metrics, rows)
+        metrics["tokens_per_second"] = float(drawn.groups.rollout.length.sum()) / metrics["seconds"]
+        return StepResult(state, metrics, completion_rows(kept, advantage_NPG))
+
+    def _draw(self, params: Params, number: int, tick: Tick, clock: Clock) -> "_Drawn":
+        """Draw groups of P questions a guide; again while too few of them have signal."""
+        settings = self.settings
+        lessons = self.source.lessons(number - 1)
+        guide, question = prompt_levels(lessons, self.encoder, self.limits)
+        ids = question_ids(lessons)
+        _, caches = prefill(self.layout.graph, model_state(params), (guide,))
+        groups: list[Groups] = []
+        for start in range(0, settings.questions_drawn, settings.questions):
+            part = slice(start, start + settings.questions)
+            level = Level(question.tokens[:, part], question.length[:, part])
+            keys = row_keys(self.seed, Purpose.TRAIN, number, ids[:, part], range(settings.group))
+            rollout = self._rollout(params, caches, level, keys, tick)
+            clock.lap("rollout")
+            below = [Lesson(lesson.guide, lesson.examples[part]) for lesson in lessons]
+            groups.append(self._judge(below, level, rollout, tick))
+            clock.lap("reward")
+            if (join(groups).signal.sum(axis=1) >= settings.questions).all():
+                break
+        return _Drawn(guide, join(groups), len(groups))
 
     def _rollout(
         self,
         params: Params,
-        lessons: Sequence[Lesson],
-        levels: tuple[Level, Level],
-        number: int,
+        guide: tuple[Cache, ...],
+        question: Level,
+        keys: jax.Array,
         tick: Tick,
     ) -> Rollout:
         """Sample G completions of every question; returned on the host."""
         settings = self.settings
-        keys = row_keys(
-            self.seed, Purpose.TRAIN, number, question_ids(lessons), range(settings.group)
-        )
         rollout = generate(
             self.layout.graph,
             model_state(params),
-            levels,
+            (question,),
+            ancestors=guide,
             keys=keys,
             settings=SamplingSettings(
                 temperature=settings.temperature,
@@ -169,20 +196,29 @@ class GRPO:
         return jax.device_get(rollout)
 
     def _judge(
-        self, lessons: Sequence[Lesson], rollout: Rollout, tick: Tick
-    ) -> tuple[list[str], list[Verdict]]:
-        """Texts and verdicts of all completions, in the order of the flattened [N, P, G]."""
-        texts, verdicts = [], []
+        self, lessons: Sequence[Lesson], question: Level, rollout: Rollout, tick: Tick
+    ) -> Groups:
+        """Turn tokens into texts, and texts into verdicts."""
+        texts_NPG = np.empty(rollout.length.shape, object)
+        verdicts_NPG = np.empty(rollout.length.shape, object)
         for tree, lesson in enumerate(lessons):
-            for question, example in enumerate(lesson.examples):
+            for place, example in enumerate(lesson.examples):
                 tick("reward")
-                rows = zip(
-                    rollout.tokens[tree, question], rollout.length[tree, question], strict=True
-                )
-                for tokens, length in rows:
-                    texts.append(self.encoder.decode(tokens[:length]))
-                    verdicts.append(relation_reward(texts[-1], example, lesson.guide.schema))
-        return texts, verdicts
+                for sample, length in enumerate(rollout.length[tree, place]):
+                    where = tree, place, sample
+                    texts_NPG[where] = self.encoder.decode(rollout.tokens[where][:length])
+                    verdicts_NPG[where] = relation_reward(
+                        texts_NPG[where], example, lesson.guide.schema
+                    )
+        rewards = [verdict.reward for verdict in verdicts_NPG.flat]
+        return Groups(
+            examples=as_examples([lesson.examples for lesson in lessons]),
+            question=question,
+            rollout=rollout,
+            texts=texts_NPG,
+            verdicts=verdicts_NPG,
+            reward=np.array(rewards, np.float32).reshape(verdicts_NPG.shape),
+        )
 
     def _scored(
         self, params: Params, tree: Tree, rollout: Rollout, advantage_NPG: np.ndarray, tick: Tick

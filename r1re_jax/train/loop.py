@@ -22,7 +22,8 @@ from jax.sharding import Mesh
 from r1re_jax.evaluate import evaluate
 from r1re_jax.policy import save_words
 from r1re_jax.task.lessons import Source
-from r1re_jax.train import grpo, sft
+from r1re_jax.train import grpo as grpo_phase
+from r1re_jax.train import sft as sft_phase
 from r1re_jax.train.batch import check_mesh
 from r1re_jax.train.checkpoint import Checkpoints, Meta, keep_reference, load_reference
 from r1re_jax.train.config import configuration_hash
@@ -134,7 +135,6 @@ def run_training(
     check_workdir(workdir, settings, data=data.sha256)
     newest = newest_step(workdir)
     start = load_start(settings, mesh=mesh, guide=data.guide, fresh=newest is None)
-    _check_trainable(settings, start)
     check_prompts(data, [*sets.values()], encoder=start.policy.encoder, settings=settings)
     workdir = open_workdir(workdir, settings, data=data.sha256)
     if not (workdir / "policy" / "r1re.json").exists():
@@ -236,17 +236,17 @@ class _Run:
         if self.hooks.progress is not None:
             self.hooks.progress.phase(phase.value, total=total, done=step)
         shared = {
-            "limits": settings.limits,
+            "limits": settings.training_limits,
             "encoder": start.policy.encoder,
             "layout": start.layout,
         }
         trainer: Trainer
         if phase is Phase.SFT:
             source = self.data.source(settings.sft.trees, settings.sft.questions)
-            trainer = sft.make_sft(settings.sft, source=source, **shared)
+            trainer = sft_phase.make_sft(settings.sft, source=source, **shared)
         else:
-            source = self.data.source(settings.grpo.trees, settings.grpo.questions)
-            trainer = grpo.make_grpo(
+            source = self.data.source(settings.grpo.trees, settings.grpo.questions_drawn)
+            trainer = grpo_phase.make_grpo(
                 settings.grpo,
                 source=source,
                 seed=settings.seed,
@@ -376,20 +376,14 @@ def _check_phases(settings: Settings, data: TrainingData, mesh: Mesh) -> None:
     """Refuse batches that the data or the mesh cannot give, now and not when a phase begins."""
     if settings.evaluate.samples and settings.data.eval:
         check_mesh(1, settings.evaluate.batch, 0, mesh=mesh, phase="evaluate")
-    for phase, of in ((Phase.SFT, settings.sft), (Phase.GRPO, settings.grpo)):
+    sft, grpo = settings.sft, settings.grpo
+    for phase, of, drawn in (
+        (Phase.SFT, sft, sft.questions),
+        (Phase.GRPO, grpo, grpo.questions_drawn),
+    ):
         if of.steps:
             check_mesh(of.trees, of.questions, of.micro_batch, mesh=mesh, phase=phase.value)
-            data.source(of.trees, of.questions)
-
-
-def _check_trainable(settings: Settings, start: Start) -> None:
-    """Refuse a phase that would train no parameter of this policy."""
-    for phase, of in ((Phase.SFT, settings.sft), (Phase.GRPO, settings.grpo)):
-        try:
-            if of.steps:
-                make_optimizer(of.optimizer, matrices=start.layout.matrices)
-        except ValueError as error:
-            raise ValueError(f"{phase.value}: {error}") from error
+            data.source(of.trees, drawn)
 
 
 def _due(step: int, every: int) -> bool:

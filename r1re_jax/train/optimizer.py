@@ -3,7 +3,6 @@
 import dataclasses
 import enum
 import math
-import re
 from collections.abc import Callable, Mapping
 
 import jax
@@ -34,8 +33,9 @@ class OptimizerSettings:
         b1: decay of the first moment.
         b2: decay of the second moment.
         eps: added to the root of the second moment.
-        trainable: regular expression; parameters whose whole dotted name it does not match stay as
-            they are, without moments.
+        vector_scale: learning rate of vectors (weights of norms, biases) over that of matrices. A
+            vector's gradient sums over many more tokens and columns than an entry of a matrix, so
+            that it stands out of the noise of few samples.
     """
 
     learning_rate: float = 1e-6
@@ -47,22 +47,17 @@ class OptimizerSettings:
     b1: float = 0.9
     b2: float = 0.999
     eps: float = 1e-8
-    trainable: str = ".*"
+    vector_scale: float = 1.0
 
     def __post_init__(self) -> None:
         """Refuse what no optimizer can do."""
-        for name in ("learning_rate", "warmup", "decay_steps", "clip_norm", "weight_decay", "eps"):
+        not_negative = ("learning_rate", "warmup", "decay_steps", "clip_norm", "weight_decay")
+        for name in (*not_negative, "eps", "vector_scale"):
             if not getattr(self, name) >= 0:
                 raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 0")
         for name in ("b1", "b2"):
             if not 0 <= getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}; it must be in [0, 1)")
-        try:
-            re.compile(self.trainable)
-        except re.error as error:
-            raise ValueError(
-                f"trainable is {self.trainable!r}, no regular expression: {error}"
-            ) from error
         if self.schedule is ScheduleKind.CONSTANT and self.decay_steps:
             raise ValueError(
                 f"decay_steps is {self.decay_steps} but the schedule is constant; set schedule to"
@@ -119,9 +114,6 @@ def make_optimizer(
         settings: rates, moments, decay, clip.
         matrices: parameter name -> whether weight decay applies to it.
         updates_per_step: inner iterations of a step.
-
-    Raises:
-        ValueError: `trainable` matches no parameter's name.
     """
     clip = optax.clip_by_global_norm(settings.clip_norm) if settings.clip_norm else optax.identity()
     adamw = optax.adamw(
@@ -132,15 +124,6 @@ def make_optimizer(
         weight_decay=settings.weight_decay,
         mask=lambda params: {name: matrices[name] for name in params},
     )
-    moves = {name: bool(re.fullmatch(settings.trainable, name)) for name in matrices}
-    if all(moves.values()):
-        return optax.chain(clip, adamw)
-    if not any(moves.values()):
-        raise ValueError(
-            f"trainable is {settings.trainable!r}, which is the name of no parameter; there are"
-            f" {', '.join(sorted(matrices))}"
-        )
-    # The clip counts only what moves.
-    labels = {name: "moves" if moving else "stays" for name, moving in moves.items()}
-    both = {"moves": optax.chain(clip, adamw), "stays": optax.set_to_zero()}
-    return optax.partition(both, labels)
+    scale = {name: 1.0 if matrix else settings.vector_scale for name, matrix in matrices.items()}
+    scaled = optax.stateless(lambda updates, _: {k: scale[k] * u for k, u in updates.items()})
+    return optax.chain(clip, adamw, scaled)

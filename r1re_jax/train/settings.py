@@ -7,13 +7,13 @@ contradict each other are refused here; types and unknown keys in `r1re_jax.trai
 
 import dataclasses
 import enum
-from collections.abc import Mapping
 from typing import Any
 
 from r1re_jax.model.qwen import Remat
 from r1re_jax.policy import Limits
 from r1re_jax.rl.kinds import AdvantageKind, KlKind, LossKind
 from r1re_jax.rl.objective import LossSettings
+from r1re_jax.train.data_settings import DataSettings, at_least
 from r1re_jax.train.optimizer import OptimizerSettings
 
 FLAT = "flat"
@@ -31,14 +31,6 @@ class Dtype(enum.StrEnum):
     BFLOAT16 = "bfloat16"
 
 
-class DataKind(enum.StrEnum):
-    """Where examples come from; `r1re_jax.train.data` opens each."""
-
-    JSONL = "jsonl"
-    SEMEVAL2010 = "semeval2010"
-    MINIWORLD = "miniworld"
-
-
 class Phase(enum.StrEnum):
     """What a step trains with."""
 
@@ -49,12 +41,6 @@ class Phase(enum.StrEnum):
 def flat(default: Any) -> Any:
     """Make a dataclass field whose keys stand in the config beside those of its section."""
     return dataclasses.field(default=default, metadata={FLAT: True})
-
-
-def _at_least(settings: Any, least: float, *names: str) -> None:
-    for name in names:
-        if not getattr(settings, name) >= least:
-            raise ValueError(f"{name} is {getattr(settings, name)}; it must be at least {least}")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -84,62 +70,6 @@ class MeshSettings:
     tensor: int = 1
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class SourceSettings:
-    """What to train on.
-
-    Attributes:
-        kind: where the examples come from.
-        path: file of examples; of semeval2010, the official text file, empty for the hub.
-        guide: Markdown file of the guide.
-        options: of miniworld, arguments of its source.
-    """
-
-    kind: DataKind
-    path: str = ""
-    guide: str = ""
-    options: Mapping[str, Any] = dataclasses.field(default_factory=dict)
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class EvalSetSettings:
-    """A set of examples to evaluate on.
-
-    Attributes:
-        kind: where the examples come from.
-        path: as in `SourceSettings`.
-        guide: as in `SourceSettings`.
-        limit: at most this many examples, the first ones; 0 takes all.
-        protocol: which split and rules the figures are of; copied into metrics.json.
-        options: of miniworld, arguments of its set.
-    """
-
-    kind: DataKind
-    path: str = ""
-    guide: str = ""
-    limit: int = 0
-    protocol: str = ""
-    options: Mapping[str, Any] = dataclasses.field(default_factory=dict)
-
-    def __post_init__(self) -> None:
-        """Refuse a negative limit."""
-        _at_least(self, 0, "limit")
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class DataSettings:
-    """The examples to train on, and named sets to evaluate on."""
-
-    train: SourceSettings
-    eval: Mapping[str, EvalSetSettings] = dataclasses.field(default_factory=dict)
-
-    def __post_init__(self) -> None:
-        """Refuse set names that would make bad folder or metric names."""
-        for name in self.eval:
-            if not name.replace("_", "").replace("-", "").isalnum():
-                raise ValueError(f"eval set {name!r}: use letters, digits, - and _ only")
-
-
 def _check_batch(trees: int, questions: int, micro_batch: int) -> None:
     """Refuse micro-batches that do not tile the [trees, questions] of a step."""
     if micro_batch < questions:
@@ -164,6 +94,8 @@ class SFTSettings:
         questions: P, examples under each.
         micro_batch: questions whose gradient is computed at a time; 0 takes them all. The result
             does not depend on it.
+        cycle: lessons repeat after this many steps; 0 for never. For where few examples come with
+            a completion to learn: cycle · trees · questions of them are used, again and again.
         optimizer: see `OptimizerSettings`.
     """
 
@@ -171,12 +103,13 @@ class SFTSettings:
     trees: int = 1
     questions: int = 16
     micro_batch: int = 0
+    cycle: int = 0
     optimizer: OptimizerSettings = flat(OptimizerSettings(learning_rate=5e-6))
 
     def __post_init__(self) -> None:
         """Refuse sizes that do not fit."""
-        _at_least(self, 0, "steps", "micro_batch")
-        _at_least(self, 1, "trees", "questions")
+        at_least(self, 0, "steps", "micro_batch", "cycle")
+        at_least(self, 1, "trees", "questions")
         _check_batch(self.trees, self.questions, self.micro_batch)
         object.__setattr__(self, "optimizer", self.optimizer.resolved(self.steps))
 
@@ -190,6 +123,9 @@ class GRPOSettings:
         trees: N, guides of a step.
         questions: P, questions under each.
         group: G, completions of each.
+        refill: most further rounds of drawing P fresh questions under each guide, while groups
+            whose rewards are all equal are among the P: those say nothing of what is better, and
+            give their place to groups that do (dynamic sampling, DAPO, arXiv 2503.14476, 3.2).
         micro_batch: questions whose gradient is computed at a time; 0 takes them all. The result
             does not depend on it.
         inner_iterations: updates on the same completions.
@@ -215,6 +151,7 @@ class GRPOSettings:
     trees: int = 1
     questions: int = 32
     group: int = 16
+    refill: int = 0
     micro_batch: int = 0
     inner_iterations: int = 1
     temperature: float = 1.0
@@ -234,8 +171,8 @@ class GRPOSettings:
 
     def __post_init__(self) -> None:
         """Refuse sizes that do not fit and sampling that scoring does not match."""
-        _at_least(self, 0, "steps", "micro_batch")
-        _at_least(self, 1, "trees", "questions", "inner_iterations", "chunk", "score_chunk")
+        at_least(self, 0, "steps", "micro_batch", "refill")
+        at_least(self, 1, "trees", "questions", "inner_iterations", "chunk", "score_chunk")
         if self.group < 2:
             raise ValueError(
                 f"group is {self.group}; GRPO compares the completions of a question with each"
@@ -256,6 +193,11 @@ class GRPOSettings:
         _check_batch(self.trees, self.questions, self.micro_batch)
         self.objective  # noqa: B018  refuses what the loss refuses
         object.__setattr__(self, "optimizer", self.optimizer.resolved(self.steps))
+
+    @property
+    def questions_drawn(self) -> int:
+        """The most questions that a step draws under each guide."""
+        return self.questions * (1 + self.refill)
 
     @property
     def objective(self) -> LossSettings:
@@ -291,8 +233,8 @@ class EvaluateSettings:
 
     def __post_init__(self) -> None:
         """Refuse negative sizes, and several samples that would all be the same."""
-        _at_least(self, 0, "every", "samples", "temperature")
-        _at_least(self, 1, "batch")
+        at_least(self, 0, "every", "samples", "temperature")
+        at_least(self, 1, "batch")
         if self.temperature == 0 and self.samples > 1:
             raise ValueError(
                 f"samples is {self.samples} at temperature 0, where all are equal; set it to 1"
@@ -316,8 +258,8 @@ class CheckpointSettings:
 
     def __post_init__(self) -> None:
         """Refuse to keep nothing."""
-        _at_least(self, 0, "every")
-        _at_least(self, 1, "keep")
+        at_least(self, 0, "every")
+        at_least(self, 1, "keep")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -334,8 +276,8 @@ class LogSettings:
 
     def __post_init__(self) -> None:
         """Refuse negative intervals."""
-        _at_least(self, 1, "every")
-        _at_least(self, 0, "completions")
+        at_least(self, 1, "every")
+        at_least(self, 0, "completions")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -347,7 +289,7 @@ class Settings:
         model: where the policy comes from.
         tokenizer: folder of the tokenizer; only with `model.preset`.
         mesh: the devices.
-        limits: widths of the tree's levels.
+        limits: widths of the tree's levels, in training too unless `data.train.limits` says else.
         data: what to train and evaluate on.
         sft: the supervised warm start.
         grpo: the reinforcement.
@@ -387,6 +329,11 @@ class Settings:
             )
         if metric == "greedy_accuracy" and not self.evaluate.greedy:
             raise ValueError("checkpoint.best asks for greedy_accuracy; set evaluate.greedy=True")
+
+    @property
+    def training_limits(self) -> Limits:
+        """Widths of the levels in training."""
+        return self.data.train.limits or self.limits
 
     @property
     def steps(self) -> int:

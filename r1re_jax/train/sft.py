@@ -71,7 +71,9 @@ class SFT:
             LimitError: a guide, question or completion that is too long.
         """
         began = time.perf_counter()
-        tree = sft_tree(self.source.lessons(number - 1), self.encoder, self.limits)
+        cycle = self.settings.cycle or number
+        lessons = self.source.lessons((number - 1) % cycle)
+        tree = sft_tree(lessons, self.encoder, self.limits)
         gradient = compute_gradient(
             self.programs, state.params, self._blocks(tree), tick=lambda: tick("update")
         )

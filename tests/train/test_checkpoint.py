@@ -29,11 +29,11 @@ def _meta(step: int, **changes: object) -> Meta:
 
 
 def _made(
-    mesh: jax.sharding.Mesh, *, trainable: str = ".*"
+    mesh: jax.sharding.Mesh,
 ) -> tuple[TrainState, Layout, optax.GradientTransformation]:
     """A state after an update, so that its moments are not zero."""
     layout, params = layout_on(mesh)
-    settings = OptimizerSettings(learning_rate=0.1, trainable=trainable)
+    settings = OptimizerSettings(learning_rate=0.1)
     optimizer = make_optimizer(settings, matrices=layout.matrices)
     state = create_state(place_params(params, layout), optimizer, layout, step=3)
 
@@ -47,13 +47,11 @@ def _made(
     return dataclasses.replace(state, params=params, opt_state=opt_state), layout, optimizer
 
 
-@pytest.mark.parametrize(
-    ("mesh", "trainable"), [((1, 1, 1), ".*"), ((1, 4, 2), ".*"), ((1, 4, 2), ".*norm.*|.*bias")]
-)
+@pytest.mark.parametrize("mesh", [(1, 1, 1), (1, 4, 2)])
 def test_a_state_comes_back_bit_by_bit_on_another_mesh(
-    tmp_path: pathlib.Path, mesh: tuple[int, int, int], trainable: str
+    tmp_path: pathlib.Path, mesh: tuple[int, int, int]
 ) -> None:
-    state, _, optimizer = _made(mesh_of(2, 2, 2), trainable=trainable)
+    state, _, optimizer = _made(mesh_of(2, 2, 2))
     checkpoints = Checkpoints(tmp_path, keep=1, scores={})
     checkpoints.save(state, _meta(3))
     checkpoints.close()

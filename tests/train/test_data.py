@@ -10,7 +10,7 @@ from r1re_jax.model.tree import LimitError
 from r1re_jax.task.readers import write_jsonl
 from r1re_jax.task.relations import DataError, GuideError
 from r1re_jax.train.data import check_prompts, open_sets, open_training
-from r1re_jax.train.settings import DataKind, EvalSetSettings, SourceSettings
+from r1re_jax.train.data_settings import DataKind, EvalSetSettings, SourceSettings
 from tests.tiny import GUIDE, tiny_policy
 from tests.train import world
 
@@ -24,16 +24,16 @@ def inputs(tmp_path: pathlib.Path) -> pathlib.Path:
 
 
 def _source(inputs: pathlib.Path, **changes: Any) -> SourceSettings:
-    fixed = {
-        "kind": DataKind.JSONL,
-        "path": str(inputs / "train.jsonl"),
-        "guide": str(inputs / "guide.md"),
-    }
-    return SourceSettings(**{**fixed, **changes})
+    return SourceSettings(**{**_files(inputs), **changes})
 
 
 def _set(inputs: pathlib.Path, **changes: Any) -> EvalSetSettings:
-    return EvalSetSettings(**{**dataclasses.asdict(_source(inputs)), **changes})
+    return EvalSetSettings(**{**_files(inputs), **changes})
+
+
+def _files(inputs: pathlib.Path) -> dict[str, Any]:
+    train, guide = inputs / "train.jsonl", inputs / "guide.md"
+    return {"kind": DataKind.JSONL, "path": str(train), "guide": str(guide)}
 
 
 def test_jsonl_with_a_guide(inputs: pathlib.Path) -> None:
@@ -125,6 +125,20 @@ def test_every_limit_is_checked_before_the_run(
     data = open_training(settings.data.train, seed=0)
     with pytest.raises(LimitError, match=expected):
         check_prompts(data, [], encoder=tiny_policy().encoder, settings=settings)
+
+
+def test_training_may_have_narrower_levels_of_its_own(inputs: pathlib.Path) -> None:
+    wide = world.settings(inputs)
+    narrow = dataclasses.asdict(wide.limits) | {"question": 20}
+    settings = world.settings(inputs, data__train__limits=narrow)
+    assert (wide.training_limits, settings.training_limits.question) == (wide.limits, 20)
+    assert settings.limits == wide.limits
+    encoder = tiny_policy().encoder
+    data = open_training(settings.data.train, seed=0)
+    with pytest.raises(LimitError, match="16 of 16 questions"):
+        check_prompts(data, [], encoder=encoder, settings=settings)
+    sets = [*open_sets(settings.data.eval).values()]
+    check_prompts(dataclasses.replace(data, guide=None), sets, encoder=encoder, settings=settings)
 
 
 def test_evaluation_sets_are_checked_too(inputs: pathlib.Path) -> None:

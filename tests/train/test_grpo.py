@@ -1,7 +1,7 @@
 """GRPO steps: what they report, what they do not depend on, and when they refuse to update."""
 
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import jax
 import numpy as np
@@ -11,6 +11,7 @@ from flax import nnx
 from r1re_jax.model.tree import Tree
 from r1re_jax.rl.scoring import completion_logp
 from r1re_jax.task.lessons import Lesson
+from r1re_jax.task.relations import Example
 from r1re_jax.task.rewards import Verdict, relation_reward
 from r1re_jax.train import grpo as grpo_module
 from r1re_jax.train.grpo import (
@@ -66,7 +67,7 @@ def _begin(
         settings,
         limits=SHORT,
         encoder=tiny_policy().encoder,
-        source=source(trees=settings.trees, questions=settings.questions),
+        source=source(trees=settings.trees, questions=settings.questions_drawn),
         seed=5,
         first=first,
         layout=layout,
@@ -193,6 +194,61 @@ def test_equal_rewards_update_nothing_but_by_the_kl_term(monkeypatch: pytest.Mon
     np.testing.assert_array_equal(result.state.params["embed"], before["embed"])
 
 
+def _flat_unless(named: set[str]) -> Callable[..., Verdict]:
+    """Rewards that differ within the groups of the named examples only."""
+
+    def judge(text: str, example: Example, schema: object) -> Verdict:
+        real = _verdict(text, example, schema)
+        return real if example.id in named else dataclasses.replace(real, reward=1.0)
+
+    return judge
+
+
+def _asked(settings: GRPOSettings) -> list[list[str]]:
+    lessons = source(trees=settings.trees, questions=settings.questions_drawn).lessons(0)
+    return [[example.id for example in lesson.examples] for lesson in lessons]
+
+
+def test_groups_without_signal_give_their_place_to_fresh_ones(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    settings = dataclasses.replace(SETTINGS, trees=1, questions=2, refill=2, group=4)
+    (names,) = _asked(settings)
+    monkeypatch.setattr(grpo_module, "relation_reward", _flat_unless({names[1], names[2]}))
+    result = _do(*_begin(settings))
+    assert [row["id"] for row in result.completions] == [names[1], names[2]]
+    figures = result.metrics
+    assert figures["draws"] == 2, "the third round is not needed"
+    assert figures["frac_reward_zero_std"] == 0.5, "of the four that were drawn"
+    assert figures["frac_kept_zero_std"] == 0
+    # The same as a step that was asked these two questions alone: keys follow the example.
+    alone, state = _begin(dataclasses.replace(settings, refill=0))
+    lesson = source(trees=1, questions=settings.questions_drawn).lessons(0)[0]
+    fixed = _Fixed(Lesson(lesson.guide, lesson.examples[1:3]))
+    _same(_do(dataclasses.replace(alone, source=fixed), state), result, drawn=False)
+
+
+def test_refilling_ends_with_its_budget(monkeypatch: pytest.MonkeyPatch) -> None:
+    settings = dataclasses.replace(SETTINGS, trees=2, questions=2, refill=1)
+    names = _asked(settings)
+    monkeypatch.setattr(grpo_module, "relation_reward", _flat_unless({names[0][3]}))
+    result = _do(*_begin(settings))
+    kept = [row["id"] for row in result.completions]
+    assert kept == [names[0][0], names[0][3], names[1][0], names[1][1]]
+    assert result.metrics["draws"] == 2
+    assert result.metrics["frac_kept_zero_std"] == 0.75
+
+
+@dataclasses.dataclass(frozen=True)
+class _Fixed:
+    """One lesson for ever."""
+
+    lesson: Lesson
+
+    def lessons(self, step: int) -> tuple[Lesson, ...]:
+        return (self.lesson,)
+
+
 def test_a_loss_that_is_not_finite_stops_before_the_update(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
@@ -258,11 +314,14 @@ def _copy(state: TrainState) -> TrainState:
     return jax.tree.map(lambda x: x + 0, state)
 
 
-def _same(result: StepResult, expected: StepResult) -> None:
-    """The same completions, and figures and parameters equal to rounding."""
+def _same(result: StepResult, expected: StepResult, *, drawn: bool = True) -> None:
+    """The same completions, and figures and parameters equal to rounding.
+
+    Without `drawn`, figures of all that was drawn may differ: only what was kept is compared.
+    """
     texts = [[s["text"] for s in row["samples"]] for row in result.completions]
     assert texts == [[s["text"] for s in row["samples"]] for row in expected.completions]
-    for name in ("loss", "grad_norm", "kl", "entropy", "reward"):
+    for name in ("loss", "grad_norm", "kl", "entropy", *(["reward"] if drawn else [])):
         np.testing.assert_allclose(
             result.metrics[name], expected.metrics[name], rtol=2e-4, atol=1e-6, err_msg=name
         )

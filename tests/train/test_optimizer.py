@@ -2,7 +2,6 @@
 
 import math
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
@@ -89,31 +88,27 @@ def test_without_a_clip_norm_nothing_is_clipped() -> None:
         np.testing.assert_allclose(step["matrix"], -expected / 1e6, rtol=1e-3)
 
 
-def test_what_is_not_trainable_stays_and_counts_in_no_norm() -> None:
-    both = {"a.weight": jnp.ones((2, 2)), "a.bias": jnp.ones(3)}
-    grads = {"a.weight": jnp.full((2, 2), 50.0), "a.bias": jnp.array([3.0, 0.0, 4.0])}
-    settings = OptimizerSettings(learning_rate=0.1, clip_norm=1.0, trainable=r".*\.bias")
-    optimizer = make_optimizer(settings, matrices={"a.weight": True, "a.bias": False})
-    state = optimizer.init(both)
-    step, state = optimizer.update(grads, state, both)
-    assert not step["a.weight"].any()
-    # Alone, with the whole of its gradient's norm of 5.
-    alone = make_optimizer(
-        OptimizerSettings(learning_rate=0.1, clip_norm=1.0), matrices={"a.bias": False}
+def test_vectors_take_steps_of_their_own_size() -> None:
+    random = np.random.default_rng(1)
+    matrices = {"weight": True, "norm": False}
+    params = {"weight": random.normal(size=(3, 2)), "norm": random.normal(size=4)}
+    params = {name: jnp.asarray(value, jnp.float32) for name, value in params.items()}
+    plain, scaled = (
+        make_optimizer(
+            OptimizerSettings(learning_rate=0.1, weight_decay=0.2, vector_scale=scale),
+            matrices=matrices,
+        )
+        for scale in (1.0, 50.0)
     )
-    expected, _ = alone.update(
-        {"a.bias": grads["a.bias"]},
-        alone.init({"a.bias": both["a.bias"]}),
-        {"a.bias": both["a.bias"]},
-    )
-    np.testing.assert_array_equal(step["a.bias"], expected["a.bias"])
-    moments = [leaf.shape for leaf in jax.tree.leaves(state) if leaf.ndim]
-    assert moments == [(3,), (3,)], "what stays has no moments"
+    states = [plain.init(params), scaled.init(params)]
+    for _ in range(3):
+        grads = {name: jnp.asarray(random.normal(size=x.shape)) for name, x in params.items()}
+        expected, states[0] = plain.update(grads, states[0], params)
+        found, states[1] = scaled.update(grads, states[1], params)
+        np.testing.assert_array_equal(found["weight"], expected["weight"])
+        np.testing.assert_allclose(found["norm"], 50 * expected["norm"], rtol=1e-6)
 
 
-def test_training_nothing_is_refused() -> None:
-    settings = OptimizerSettings(trainable="bias")
-    with pytest.raises(ValueError, match=r"trainable is 'bias'.*no parameter; there are a\.bias"):
-        make_optimizer(settings, matrices={"a.bias": False})
-    with pytest.raises(ValueError, match="no regular expression"):
-        OptimizerSettings(trainable="(")
+def test_a_negative_scale_is_refused() -> None:
+    with pytest.raises(ValueError, match="vector_scale is -1; it must be at least 0"):
+        OptimizerSettings(vector_scale=-1)

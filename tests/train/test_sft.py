@@ -8,6 +8,7 @@ import pytest
 
 from r1re_jax.model.qwen import Remat
 from r1re_jax.model.tree import LimitError
+from r1re_jax.task.lessons import DatasetSource, Lesson
 from r1re_jax.task.prompts import sft_completion
 from r1re_jax.train.optimizer import OptimizerSettings
 from r1re_jax.train.settings import SFTSettings
@@ -74,6 +75,30 @@ def test_training_lowers_the_loss_and_compiles_once(whole) -> None:
     phase, first, second = whole
     assert second.metrics["loss"] < first.metrics["loss"]
     assert phase.programs.gradient._cache_size() == phase.programs.apply._cache_size() == 1
+
+
+@dataclasses.dataclass
+class _Asked:
+    """Lessons as they are, and which steps' were asked for."""
+
+    source: DatasetSource
+    steps: list[int] = dataclasses.field(default_factory=list)
+
+    def lessons(self, step: int) -> tuple[Lesson, ...]:
+        self.steps.append(step)
+        return self.source.lessons(step)
+
+
+@pytest.mark.parametrize(
+    ("cycle", "expected"), [(0, [0, 1, 2, 3]), (1, [0] * 4), (3, [0, 1, 2, 0])]
+)
+def test_a_cycle_repeats_the_first_lessons(cycle: int, expected: list[int]) -> None:
+    phase, state = _begin(dataclasses.replace(SETTINGS, questions=2, cycle=cycle))
+    asked = _Asked(source(trees=2, questions=2))
+    phase = dataclasses.replace(phase, source=asked)
+    for number in range(1, 5):
+        state = _do(phase, state, number).state
+    assert asked.steps == expected
 
 
 @pytest.mark.parametrize("micro_batch", [1, 4])

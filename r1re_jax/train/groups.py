@@ -1,0 +1,70 @@
+"""Groups of completions as a GRPO step draws, judges and chooses them; all on the host."""
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+
+from r1re_jax.model.tree import Level
+from r1re_jax.rollout.rollout import Rollout
+from r1re_jax.task.relations import Example
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Groups:
+    """P questions of each of N guides, G completions of each question.
+
+    Attributes:
+        examples: [N, P] `Example`s.
+        question: their tokens [N, P, Q].
+        rollout: the completions [N, P, G].
+        texts: [N, P, G] strings.
+        verdicts: [N, P, G] `Verdict`s.
+        reward: [N, P, G] fp32.
+    """
+
+    examples: np.ndarray
+    question: Level
+    rollout: Rollout
+    texts: np.ndarray
+    verdicts: np.ndarray
+    reward: np.ndarray
+
+    @property
+    def signal(self) -> np.ndarray:
+        """[N, P] bool: rewards differ within the group, so that it says what is better."""
+        return np.ptp(self.reward, axis=-1) != 0
+
+    def choose(self, questions: int) -> "Groups":
+        """Keep `questions` of each guide: those with signal first, then those drawn first."""
+        order_NP = np.argsort(~self.signal, axis=1, kind="stable")
+        chosen_NP = np.sort(order_NP[:, :questions], axis=1)
+        trees_N1 = np.arange(len(chosen_NP))[:, None]
+        return _map(lambda array: array[trees_N1, chosen_NP], self)
+
+
+def join(groups: Sequence[Groups]) -> Groups:
+    """Put the questions of several drawings side by side, below the same N guides."""
+    return _map(lambda *arrays: np.concatenate(arrays, axis=1), *groups)
+
+
+def as_examples(rows: Sequence[Sequence[Example]]) -> np.ndarray:
+    """Return [N, P] examples as an array of objects."""
+    out = np.empty((len(rows), len(rows[0])), object)
+    for tree, row in enumerate(rows):
+        out[tree] = row
+    return out
+
+
+def _map(function: Callable[..., np.ndarray], *groups: Groups) -> Groups:
+    """Apply `function` to every array, those of levels and rollouts included."""
+
+    def joined(values: Sequence[Any]) -> Any:
+        if isinstance(values[0], np.ndarray):
+            return function(*values)
+        names = [field.name for field in dataclasses.fields(values[0])]
+        parts = {name: joined([getattr(value, name) for value in values]) for name in names}
+        return dataclasses.replace(values[0], **parts)
+
+    return joined(groups)

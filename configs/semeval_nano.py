@@ -5,6 +5,8 @@ data:      FOLDER/semeval2010/{train,test}.jsonl, or the official TXT files by
            --config.data.train.kind=semeval2010 --config.data.train.path=TRAIN_FILE.TXT
            (an empty path reads the Hugging Face hub)
 hardware:  2 CPU cores
+time:      37 minutes for GRPO with its evaluation, beside other work
+score:     16 % after SFT, 37 % after GRPO (Avg@4 of the 2,717 test sentences, one seed)
 """
 
 from ml_collections import ConfigDict

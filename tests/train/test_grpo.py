@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
+from r1re_jax.model.qwen import abstract_qwen
 from r1re_jax.model.tree import Tree
 from r1re_jax.rl.scoring import completion_logp
 from r1re_jax.task.lessons import Lesson
@@ -289,12 +290,29 @@ def test_a_step_can_be_given_up_at_every_part() -> None:
 def test_a_bfloat16_sampler_is_measured_against_the_trainer(whole: StepResult) -> None:
     phase, state = _begin(dtype="bfloat16")
     figures = _do(phase, state).metrics
-    # On the CPU they differ by 1e-7 only, with and without xla_allow_excess_precision; why is not
-    # known. So this does not show what the gap is on a device that rounds.
+    # Both round (see below) and, in a policy this small, to the same numbers: rounding hides the
+    # order of their sums.
     assert 0 < figures["logp_gap"] < figures["logp_gap_max"] < 0.5
-    assert abs(figures["entropy"] - whole.metrics["entropy"]) > 1e-6, "computed in bfloat16"
     assert all(np.isfinite(value) for value in figures.values())
     assert state.params["embed"].dtype == np.float32
+
+
+def test_the_compiled_bfloat16_forward_rounds() -> None:
+    random = np.random.default_rng(0)
+    tree = Tree(
+        random_level(random, (1, 9), least=1),
+        random_level(random, (1, 2, 5), least=1),
+        random_level(random, (1, 2, 3, 6), least=6),
+    )
+    exact = tiny_model()
+    params = nnx.split(exact)[1]
+    logp = {}
+    for dtype in ("float32", "bfloat16"):
+        graph = nnx.split(abstract_qwen(exact.config, dtype=dtype))[0]
+        scored = jax.jit(lambda p, t, g=graph: completion_logp(nnx.merge(g, p), t).logp_NPGC)
+        logp[dtype] = np.asarray(scored(params, tree))
+    gap = np.abs(logp["bfloat16"] - logp["float32"])
+    assert 1e-3 < gap.mean() < gap.max() < 0.1, "2^-9, the rounding of bfloat16, is 2e-3"
 
 
 def test_a_question_that_occurs_twice_in_a_step_is_refused() -> None:

@@ -13,8 +13,6 @@ score:     in domain 36 % after SFT, 60 % after GRPO; out of domain 44 %, 64 % (
 
 from ml_collections import ConfigDict
 
-from configs.parts import evaluate_all
-
 # Guides of a step, and questions of each.
 TREES, QUESTIONS = 2, 4
 SFT_STEPS, SFT_CYCLE, GRPO_STEPS = 80, 2, 170
@@ -70,7 +68,7 @@ def get_config(variant: str = "") -> ConfigDict:
                 kl_coefficient=0.001,
                 chunk=20,
             ),
-            evaluate=evaluate_all(batch=50, at_start=not sft_only),
+            evaluate=dict(every=0, samples=4, greedy=True, batch=50, at_start=not sft_only),
             checkpoint=dict(every=40, keep=2, best=""),
             log=dict(every=1, completions=10),
         )

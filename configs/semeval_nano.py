@@ -11,8 +11,6 @@ score:     16 % after SFT, 37 % after GRPO (Avg@4 of the 2,717 test sentences, o
 
 from ml_collections import ConfigDict
 
-from configs.parts import evaluate_all
-
 
 def get_config() -> ConfigDict:
     """Return the recipe."""
@@ -49,7 +47,7 @@ def get_config() -> ConfigDict:
                 kl_coefficient=0.001,
                 chunk=24,
             ),
-            evaluate=evaluate_all(batch=64, at_start=False),
+            evaluate=dict(every=0, samples=4, greedy=True, batch=64, at_start=False),
             checkpoint=dict(every=50, keep=2, best=""),
             log=dict(every=1, completions=25),
         )

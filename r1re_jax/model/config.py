@@ -2,13 +2,61 @@
 
 import dataclasses
 import difflib
+import enum
+
+import numpy as np
+
+
+class Family(enum.StrEnum):
+    """Decoders that differ in little; the value is Hugging Face's `model_type`."""
+
+    QWEN2 = "qwen2"  # bias on q, k, v (Qwen2 and 2.5; arXiv 2407.10671)
+    QWEN3 = "qwen3"  # RMSNorm of every head's q and k, no bias (arXiv 2505.09388, section 2)
+    LLAMA = "llama"  # neither (Llama 3, SmolLM2; arXiv 2407.21783)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class RopeScaling:
+    """Llama 3.1's stretching of the slow rotary frequencies to a longer context.
+
+    Attributes:
+        factor: by which slow frequencies are divided.
+        low_freq_factor: a frequency is slow if it turns fewer times than this in the old context.
+        high_freq_factor: and fast, hence kept, if it turns more often than this.
+        original_context: the old context, in tokens.
+    """
+
+    factor: float
+    low_freq_factor: float
+    high_freq_factor: float
+    original_context: int
+
+    def __post_init__(self) -> None:
+        """Refuse what has no meaning."""
+        if not (self.factor > 0 and 0 < self.low_freq_factor < self.high_freq_factor):
+            raise ValueError(
+                f"rotary scaling needs factor > 0 and 0 < low_freq_factor < high_freq_factor,"
+                f" found {self}"
+            )
+
+    def __call__(self, frequency: np.ndarray) -> np.ndarray:
+        """Divide slow frequencies by the factor, keep fast ones, blend between (radians a token).
+
+        As in Llama 3.1's reference code: with t the turns in the old context and s = (t - low) /
+        (high - low) in [0, 1], the result is frequency · (s + (1 - s) / factor).
+        """
+        turns = self.original_context * frequency / (2 * np.pi)
+        low, high = self.low_freq_factor, self.high_freq_factor
+        kept = np.clip((turns - low) / (high - low), 0.0, 1.0)
+        return frequency * (kept + (1 - kept) / self.factor)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ModelConfig:
-    """Shape of a Qwen2-style decoder (Qwen2 technical report, arXiv 2407.10671).
+    """Shape of a decoder of Qwen's and Llama's kind.
 
     Attributes:
+        family: which of them; says where there are biases and norms.
         vocab: V, rows of the embedding (at least the tokenizer's size).
         layers: L.
         width: D.
@@ -17,11 +65,13 @@ class ModelConfig:
         head_size: A; even, since RoPE turns pairs.
         mlp_width: F of the SwiGLU MLP.
         rope_theta: base of the rotary frequencies.
+        rope_scaling: Llama 3.1's; None leaves the frequencies as they are.
         norm_eps: epsilon of RMSNorm.
         tied: whether the output head is the embedding.
         max_position: longest sequence that the weights were trained for; carried to exports.
     """
 
+    family: Family = Family.QWEN2
     vocab: int
     layers: int
     width: int
@@ -30,6 +80,7 @@ class ModelConfig:
     head_size: int
     mlp_width: int
     rope_theta: float = 1e6
+    rope_scaling: RopeScaling | None = None
     norm_eps: float = 1e-6
     tied: bool = False
     max_position: int = 32_768
@@ -54,6 +105,26 @@ class ModelConfig:
             )
         if self.head_size % 2:
             raise ValueError(f"head_size is {self.head_size}; rotary embedding needs an even one")
+
+    @property
+    def qkv_bias(self) -> bool:
+        """Whether the projections to query, key and value have biases."""
+        return self.family is Family.QWEN2
+
+    @property
+    def qk_norm(self) -> bool:
+        """Whether every head's query and key are normalised before they are rotated."""
+        return self.family is Family.QWEN3
+
+    @property
+    def rope_frequencies(self) -> np.ndarray:
+        """[A/2] float64, radians a token: θ_i = theta^(−2i/A) (arXiv 2104.09864, 3.3), scaled.
+
+        In float64, since at position 30,000 an ulp of an fp32 frequency is 2e-3 radians.
+        """
+        half = self.head_size // 2
+        frequency = self.rope_theta ** (-np.arange(half) / half)
+        return frequency if self.rope_scaling is None else self.rope_scaling(frequency)
 
 
 def _qwen25(

@@ -1,4 +1,4 @@
-"""Weights in and out in Hugging Face's Qwen2 layout: one table of names, used both ways.
+"""Weights in and out in Hugging Face's layout: one table of names for all families, both ways.
 
 Only JSON and safetensors are read or written: nothing in a folder can run code. Import needs
 neither torch nor transformers.
@@ -47,6 +47,7 @@ class Name:
     transposed: bool = False
 
 
+# A family has the rows whose parameters its config makes (biases, norms of q and k, a head).
 # torch keeps a linear layer's weight as [out, in], we as [in, out].
 NAMES: tuple[Name, ...] = (
     Name("embed", "model.embed_tokens.weight"),
@@ -57,6 +58,8 @@ NAMES: tuple[Name, ...] = (
     Name("layers.key.bias", "model.layers.{}.self_attn.k_proj.bias"),
     Name("layers.value.weight", "model.layers.{}.self_attn.v_proj.weight", transposed=True),
     Name("layers.value.bias", "model.layers.{}.self_attn.v_proj.bias"),
+    Name("layers.query_norm.weight", "model.layers.{}.self_attn.q_norm.weight"),
+    Name("layers.key_norm.weight", "model.layers.{}.self_attn.k_norm.weight"),
     Name("layers.output.weight", "model.layers.{}.self_attn.o_proj.weight", transposed=True),
     Name("layers.mlp_norm.weight", "model.layers.{}.post_attention_layernorm.weight"),
     Name("layers.gate.weight", "model.layers.{}.mlp.gate_proj.weight", transposed=True),
@@ -77,7 +80,7 @@ def load_hf(
     remat: Remat = Remat.NONE,
     mesh: Mesh | None = None,
 ) -> Qwen:
-    """Load a Qwen2 or Qwen2.5 folder: config.json and model.safetensors, in one file or shards.
+    """Load a folder of a known family: config.json and model.safetensors, in one file or shards.
 
     Args:
         folder: Hugging Face folder; tensors in float32, bfloat16 or float16.

@@ -1,10 +1,17 @@
-"""Hugging Face's config.json of Qwen2, in and out."""
+"""Hugging Face's config.json of the families that the model computes, in and out."""
 
 from collections.abc import Mapping, Sequence
 
-from r1re_jax.model.config import ModelConfig
+from r1re_jax.model.config import Family, ModelConfig, RopeScaling
 
-ARCHITECTURE, MODEL_TYPE = "Qwen2ForCausalLM", "qwen2"
+ARCHITECTURES = {
+    Family.QWEN2: "Qwen2ForCausalLM",
+    Family.QWEN3: "Qwen3ForCausalLM",
+    Family.LLAMA: "LlamaForCausalLM",
+}
+# What transformers assumes where the key is absent.
+HEAD_SIZES = {Family.QWEN3: 128}  # in the others, width / heads
+MAX_POSITIONS = {Family.QWEN2: 32_768, Family.QWEN3: 32_768, Family.LLAMA: 2048}
 PRODUCER = "r1re_jax"  # marks our exports in config.json, so that only they are overwritten
 
 
@@ -13,21 +20,16 @@ class HFError(ValueError):
 
 
 def config_from_hf(config: Mapping) -> ModelConfig:
-    """Read a config.json of Qwen2 in either form.
+    """Read a config.json of Qwen2, Qwen3 or Llama in either form.
 
-    Both `rope_theta` (transformers 4) and `rope_parameters` (transformers 5) are understood. What
-    the network does not compute (rotary scaling, sliding windows, other activations) is refused.
+    Both `rope_theta` with `rope_scaling` (transformers 4) and `rope_parameters` (transformers 5)
+    are understood. What the network does not compute (other rotary scaling, sliding windows, other
+    activations or biases) is refused.
 
     Raises:
         HFError: another architecture, missing keys (all named) or unsupported settings (all named).
     """
-    kind = config.get("model_type")
-    architectures = config.get("architectures") or []
-    if kind != MODEL_TYPE or (architectures and ARCHITECTURE not in architectures):
-        raise HFError(
-            f"model_type {kind!r} with architectures {list(architectures)} is not supported;"
-            f" expected {MODEL_TYPE!r} with {ARCHITECTURE} (Qwen2 and Qwen2.5)"
-        )
+    family = _family(config)
     needed = (
         "vocab_size",
         "hidden_size",
@@ -42,31 +44,65 @@ def config_from_hf(config: Mapping) -> ModelConfig:
         raise HFError(f"config.json asks for what is not implemented: {'; '.join(problems)}")
     heads, width = config["num_attention_heads"], config["hidden_size"]
     return ModelConfig(
+        family=family,
         vocab=config["vocab_size"],
         layers=config["num_hidden_layers"],
         width=width,
         query_heads=heads,
         kv_heads=config.get("num_key_value_heads") or heads,
-        head_size=config.get("head_dim") or width // heads,
+        head_size=config.get("head_dim") or HEAD_SIZES.get(family, width // heads),
         mlp_width=config["intermediate_size"],
         # 10,000 and 1e-6 are what transformers assumes where the keys are absent.
         rope_theta=float(rope.get("rope_theta") or config.get("rope_theta") or 10_000.0),
+        rope_scaling=_scaling(rope),
         norm_eps=float(config.get("rms_norm_eps") or 1e-6),
         tied=bool(config.get("tie_word_embeddings", False)),
-        max_position=int(config.get("max_position_embeddings") or 32_768),
+        max_position=int(config.get("max_position_embeddings") or MAX_POSITIONS[family]),
+    )
+
+
+def _family(config: Mapping) -> Family:
+    kind, architectures = config.get("model_type"), config.get("architectures") or []
+    known = kind in [family.value for family in Family]
+    if not known or (architectures and ARCHITECTURES[Family(kind)] not in architectures):
+        expected = ", ".join(f"{family.value!r} with {ARCHITECTURES[family]}" for family in Family)
+        raise HFError(
+            f"model_type {kind!r} with architectures {list(architectures)} is not supported;"
+            f" expected {expected}"
+        )
+    return Family(kind)
+
+
+def _rope_type(rope: Mapping) -> str:
+    return rope.get("rope_type") or rope.get("type") or "default"
+
+
+def _scaling(rope: Mapping) -> RopeScaling | None:
+    if _rope_type(rope) == "default":
+        return None
+    keys = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
+    if missing := [key for key in keys if not isinstance(rope.get(key), int | float)]:
+        raise HFError(f"rotary scaling 'llama3' lacks numbers for: {', '.join(missing)}")
+    factor, low, high, context = (rope[key] for key in keys)
+    return RopeScaling(
+        factor=float(factor),
+        low_freq_factor=float(low),
+        high_freq_factor=float(high),
+        original_context=int(context),
     )
 
 
 def _unsupported(config: Mapping, rope: Mapping) -> list[str]:
     """Name the settings that would make the forward pass another function than ours."""
     problems = []
-    rope_type = rope.get("rope_type") or rope.get("type") or "default"
-    if rope_type != "default":
-        problems.append(f"rotary scaling {rope_type!r} (only 'default')")
+    if (rope_type := _rope_type(rope)) not in ("default", "llama3"):
+        problems.append(f"rotary scaling {rope_type!r} (only 'default' and 'llama3')")
     if config.get("use_sliding_window") or "sliding_attention" in (config.get("layer_types") or []):
         problems.append("sliding-window attention (only full attention)")
     if (activation := config.get("hidden_act") or "silu") != "silu":
         problems.append(f"hidden_act {activation!r} (only 'silu')")
+    # Qwen2 has its biases without saying so; these keys are of the other families.
+    problems += [f"{key} (only none)" for key in ("attention_bias", "mlp_bias") if config.get(key)]
     return problems
 
 
@@ -86,8 +122,8 @@ def hf_config(
         pad_id: id of the padding token, where there is one.
     """
     return {
-        "architectures": [ARCHITECTURE],
-        "model_type": MODEL_TYPE,
+        "architectures": [ARCHITECTURES[config.family]],
+        "model_type": config.family.value,
         "vocab_size": config.vocab,
         "hidden_size": config.width,
         "intermediate_size": config.mlp_width,
@@ -99,18 +135,41 @@ def hf_config(
         "max_position_embeddings": config.max_position,
         "rms_norm_eps": config.norm_eps,
         # Both forms, so that readers of either generation find theirs.
-        "rope_theta": config.rope_theta,
-        "rope_parameters": {"rope_type": "default", "rope_theta": config.rope_theta},
+        **_hf_rope(config),
         "torch_dtype": dtype,
         "dtype": dtype,
         "tie_word_embeddings": config.tied,
-        "use_sliding_window": False,
+        **_family_keys(config.family),
         "attention_dropout": 0.0,
         "bos_token_id": None,
         "eos_token_id": _one_or_list(stop_ids),
         "pad_token_id": pad_id,
         "producer": PRODUCER,
     }
+
+
+def _hf_rope(config: ModelConfig) -> dict:
+    theta = {"rope_theta": config.rope_theta}
+    if config.rope_scaling is None:
+        return {**theta, "rope_parameters": {"rope_type": "default", **theta}}
+    scaling = config.rope_scaling
+    parameters = {
+        "rope_type": "llama3",
+        "factor": scaling.factor,
+        "low_freq_factor": scaling.low_freq_factor,
+        "high_freq_factor": scaling.high_freq_factor,
+        "original_max_position_embeddings": scaling.original_context,
+    }
+    return {**theta, "rope_scaling": parameters, "rope_parameters": {**parameters, **theta}}
+
+
+def _family_keys(family: Family) -> dict:
+    """Return the keys that only some families have."""
+    if family is Family.QWEN2:
+        return {"use_sliding_window": False}
+    if family is Family.QWEN3:
+        return {"use_sliding_window": False, "attention_bias": False}
+    return {"attention_bias": False, "mlp_bias": False}
 
 
 def _one_or_list(ids: Sequence[int]) -> int | list[int] | None:

@@ -80,7 +80,7 @@ class _Wires:
         s² Σ_f cos(θ_f (i − j − d)).
         """
         half = self.config.head_size // 2
-        angle = shift * self.config.rope_theta ** (-pairs / half)
+        angle = shift * self.config.rope_frequencies[pairs]
         self.key_bias[layer, self.head(head // self.group).start + pairs] = gain
         start = self.head(head).start
         self.query_bias[layer, start + pairs] = gain * np.cos(angle)

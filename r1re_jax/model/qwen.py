@@ -1,13 +1,13 @@
-"""Qwen2/2.5 in Flax NNX, working on one level of the tree at a time.
+"""Decoders of Qwen's and Llama's kind in Flax NNX, working on one level of the tree at a time.
 
 `extend` computes a level below given ancestors and returns its keys and values, so that the next
 level can be put below it: prefill, scoring and training are the same three calls (guide, questions,
 completions), and gradients flow through the caches. `decode` does one token of every row with the
 row's own cache updated in place.
 
-Architecture: Qwen2 technical report (arXiv 2407.10671): RMSNorm (arXiv 1910.07467), rotary
-position embedding (arXiv 2104.09864), grouped-query attention with bias on q, k, v, SwiGLU
-(arXiv 2002.05202).
+Architecture: RMSNorm (arXiv 1910.07467), rotary position embedding (arXiv 2104.09864),
+grouped-query attention, SwiGLU (arXiv 2002.05202); `ModelConfig.family` says where Qwen2, Qwen3 and
+Llama differ.
 """
 
 import dataclasses
@@ -98,18 +98,16 @@ class RMSNorm(nnx.Module):
         return (x32 * scale).astype(x.dtype) * _last_axis(self.weight[...].astype(x.dtype), x.ndim)
 
 
-def rotary(x: jax.Array, position: jax.Array, theta: float) -> jax.Array:
+def rotary(x: jax.Array, position: jax.Array, frequency: np.ndarray) -> jax.Array:
     """Rotate the halves of each head by position-dependent angles (arXiv 2104.09864, equation 34).
 
     Args:
         x: [*B, T, heads, A].
         position: [*B, T] int32.
-        theta: base of the frequencies θ_i = theta^(−2i/A).
+        frequency: [A/2], radians a token.
     """
-    half = x.shape[-1] // 2
-    # Powers in float64 at trace time: at position 30,000 an ulp of the frequency is 2e-3 radians.
-    frequency = jnp.asarray(theta ** (-np.arange(half) / half), jnp.float32)
-    angle = position[..., None, None].astype(jnp.float32) * _last_axis(frequency, x.ndim)
+    rates = _last_axis(jnp.asarray(frequency, jnp.float32), x.ndim)
+    angle = position[..., None, None].astype(jnp.float32) * rates
     sin, cos = jnp.sin(angle), jnp.cos(angle)
     low, high = jnp.split(x.astype(jnp.float32), 2, -1)
     return jnp.concatenate([low * cos - high * sin, high * cos + low * sin], -1).astype(x.dtype)
@@ -128,9 +126,12 @@ class Block(nnx.Module):
             axes, shape, bias=bias, scale=s, rngs=rngs
         )
         self.attention_norm = RMSNorm(width, eps=config.norm_eps)
-        self.query = linear(("embed", "heads"), (width, query), bias=True)
-        self.key = linear(("embed", "kv_heads"), (width, kv), bias=True)
-        self.value = linear(("embed", "kv_heads"), (width, kv), bias=True)
+        bias = config.qkv_bias
+        self.query = linear(("embed", "heads"), (width, query), bias=bias)
+        self.key = linear(("embed", "kv_heads"), (width, kv), bias=bias)
+        self.value = linear(("embed", "kv_heads"), (width, kv), bias=bias)
+        self.query_norm = RMSNorm(size, eps=config.norm_eps) if config.qk_norm else None
+        self.key_norm = RMSNorm(size, eps=config.norm_eps) if config.qk_norm else None
         self.output = linear(("heads", "embed"), (query, width), query**-0.5 * out_scale)
         self.mlp_norm = RMSNorm(width, eps=config.norm_eps)
         self.gate = linear(("embed", "mlp"), (width, config.mlp_width))
@@ -143,10 +144,11 @@ class Block(nnx.Module):
         """[*B, T, D] -> rotated query [*B, T, H, A], rotated key and value [*B, T, K, A]."""
         h = self.attention_norm(x)
         heads = lambda y: y.reshape(*y.shape[:-1], -1, self.config.head_size)  # noqa: E731
-        theta = self.config.rope_theta
-        query = rotary(heads(self.query(h)), position, theta)
-        key = rotary(heads(self.key(h)), position, theta)
-        return query, key, heads(self.value(h))
+        query, key = heads(self.query(h)), heads(self.key(h))
+        if self.query_norm is not None and self.key_norm is not None:
+            query, key = self.query_norm(query), self.key_norm(key)
+        turn = lambda x: rotary(x, position, self.config.rope_frequencies)  # noqa: E731
+        return turn(query), turn(key), heads(self.value(h))
 
     def finish(self, x: jax.Array, attended: jax.Array) -> jax.Array:
         """Add the attention's output [*B, T, H, A] and the MLP to the stream x [*B, T, D]."""

@@ -27,7 +27,8 @@ class OptimizerSettings:
         warmup: steps in which it rises linearly from 0.
         schedule: how it goes on.
         decay_steps: of linear and cosine, the step at which it reaches 0; 0 means the phase's
-            steps. A run that is to be extended later fixes it: every step's rate depends on it.
+            steps (or the one after the warm-up, in a phase that is shorter). A run that is to be
+            extended later fixes it: every step's rate depends on it.
         clip_norm: gradients are scaled down to this global norm; 0 clips nothing.
         weight_decay: decoupled decay of matrices (biases and norms have none).
         b1: decay of the first moment.
@@ -72,7 +73,7 @@ class OptimizerSettings:
         """Return these settings with `decay_steps` spelled out for a phase of `steps` steps."""
         if self.schedule is ScheduleKind.CONSTANT or self.decay_steps or not steps:
             return self
-        return dataclasses.replace(self, decay_steps=steps)
+        return dataclasses.replace(self, decay_steps=max(steps, self.warmup + 1))
 
 
 def learning_rate(settings: OptimizerSettings, *, updates_per_step: int = 1) -> Callable:

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from r1re_jax.model.config import ModelConfig
+from r1re_jax.model.config import Family, ModelConfig, RopeScaling
 from r1re_jax.model.qwen import Qwen
 from r1re_jax.model.tree import Level, Tree
 from r1re_jax.rl.masks import length_mask
@@ -43,6 +43,20 @@ def make_tree(seed: int, *, trees: int = 2) -> Tree:
     tree.question.length[0, 0] = 1
     tree.completion.length[0, 0] = [0, 1, C]
     return tree
+
+
+# The other families; the scaled frequencies turn once in four to sixteen tokens, the tree in many.
+FAMILIES = {
+    "qwen3": small_config(vocab=VOCAB, rope_theta=100.0, family=Family.QWEN3),
+    "llama3.1": small_config(
+        vocab=VOCAB,
+        rope_theta=6.0,
+        family=Family.LLAMA,
+        rope_scaling=RopeScaling(
+            factor=8.0, low_freq_factor=0.25, high_freq_factor=1.0, original_context=4
+        ),
+    ),
+}
 
 
 @functools.partial(nnx.jit, static_argnames="temperature")
@@ -103,6 +117,27 @@ def test_scores(tied: bool, trees: int, seed: int) -> None:
     np.testing.assert_allclose(entropy, expected_entropy, atol=1e-5, rtol=0)
 
 
+@pytest.mark.parametrize("family", FAMILIES)
+def test_scores_and_gradients_of_other_families(family: str) -> None:
+    model, tree = drawn_model(FAMILIES[family]), make_tree(8)
+    weight = np.random.default_rng(8).normal(size=tree.completion.tokens.shape)
+    (expected_logp, expected_entropy), expected = flat(model, tree, weight=weight)
+    logp, entropy = tree_scores(model, tree)
+    np.testing.assert_allclose(logp, expected_logp, atol=1e-5, rtol=0)
+    np.testing.assert_allclose(entropy, expected_entropy, atol=1e-5, rtol=0)
+    _assert_gradients(tree_gradient(model, tree, weight.astype(np.float32)), expected)
+
+
+def _assert_gradients(found: nnx.State, expected: dict[str, np.ndarray]) -> None:
+    got = flat_qwen.by_name(found)
+    assert got.keys() == expected.keys()
+    for name, gradient in expected.items():
+        assert np.abs(gradient).max() > 0, name
+        np.testing.assert_allclose(
+            got[name], gradient, rtol=0, atol=1e-4 * np.abs(gradient).max(), err_msg=name
+        )
+
+
 def test_scores_under_a_temperature() -> None:
     model, tree = make_model(tied=True), make_tree(3)
     logp, entropy = tree_scores(model, tree, temperature=0.7)
@@ -125,14 +160,8 @@ def test_gradients(tied: bool, trees: int, seed: int) -> None:
     """Cotangents of shared tokens add up: guide and questions get all their completions' share."""
     model, tree = make_model(tied=tied), make_tree(seed, trees=trees)
     weight = np.random.default_rng(seed).normal(size=tree.completion.tokens.shape)
-    got = flat_qwen.by_name(tree_gradient(model, tree, weight.astype(np.float32)))
     _, expected = flat(model, tree, weight=weight)
-    assert got.keys() == expected.keys()
-    for name, gradient in expected.items():
-        assert np.abs(gradient).max() > 0, name
-        np.testing.assert_allclose(
-            got[name], gradient, rtol=0, atol=1e-4 * np.abs(gradient).max(), err_msg=name
-        )
+    _assert_gradients(tree_gradient(model, tree, weight.astype(np.float32)), expected)
 
 
 @pytest.mark.parametrize("rubbish", ["ids", "outside the vocabulary"])

@@ -1,8 +1,11 @@
 """config.json in both forms, and what is refused."""
 
+import dataclasses
+
+import numpy as np
 import pytest
 
-from r1re_jax.model.config import PRESETS, ModelConfig
+from r1re_jax.model.config import PRESETS, Family, ModelConfig, RopeScaling
 from r1re_jax.model.hf import HFError, config_from_hf, hf_config
 
 SMALL = ModelConfig(
@@ -87,8 +90,94 @@ def test_defaults_are_those_of_transformers() -> None:
 
 
 def test_another_architecture_is_refused() -> None:
-    with pytest.raises(HFError, match="model_type 'llama'.*LlamaForCausalLM.*expected 'qwen2'"):
-        config_from_hf({"model_type": "llama", "architectures": ["LlamaForCausalLM"]})
+    with pytest.raises(HFError, match="model_type 'gemma'.*GemmaForCausalLM.*expected 'qwen2'"):
+        config_from_hf({"model_type": "gemma", "architectures": ["GemmaForCausalLM"]})
+
+
+# Llama-3.1-8B-Instruct's config.json as published, where it differs from Qwen's.
+LLAMA = {
+    "architectures": ["LlamaForCausalLM"],
+    "attention_bias": False,
+    "bos_token_id": 128000,
+    "eos_token_id": [128001, 128008, 128009],
+    "hidden_act": "silu",
+    "hidden_size": 4096,
+    "intermediate_size": 14336,
+    "max_position_embeddings": 131072,
+    "mlp_bias": False,
+    "model_type": "llama",
+    "num_attention_heads": 32,
+    "num_hidden_layers": 32,
+    "num_key_value_heads": 8,
+    "pretraining_tp": 1,
+    "rms_norm_eps": 1e-05,
+    "rope_scaling": {
+        "factor": 8.0,
+        "low_freq_factor": 1.0,
+        "high_freq_factor": 4.0,
+        "original_max_position_embeddings": 8192,
+        "rope_type": "llama3",
+    },
+    "rope_theta": 500000.0,
+    "tie_word_embeddings": False,
+    "torch_dtype": "bfloat16",
+    "vocab_size": 128256,
+}
+LLAMA_NEW_FORM = {
+    **{k: v for k, v in LLAMA.items() if k not in ("rope_theta", "rope_scaling", "torch_dtype")},
+    "rope_parameters": {**LLAMA["rope_scaling"], "rope_theta": 500000.0},
+    "dtype": "bfloat16",
+}
+
+
+@pytest.mark.parametrize("published", [LLAMA, LLAMA_NEW_FORM], ids=["v4", "v5"])
+def test_llama_with_its_rotary_scaling(published: dict) -> None:
+    config = config_from_hf(published)
+    assert (config.family, config.head_size, config.rope_theta) == (Family.LLAMA, 128, 5e5)
+    assert config.rope_scaling == RopeScaling(
+        factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0, original_context=8192
+    )
+    assert not config.qkv_bias and not config.qk_norm
+    assert config_from_hf(hf_config(config)) == config
+
+
+def test_rotary_scaling_stretches_slow_frequencies_alone() -> None:
+    scaled = config_from_hf(LLAMA)
+    plain = dataclasses.replace(scaled, rope_scaling=None).rope_frequencies
+    ratio = plain / scaled.rope_frequencies
+    turns = 8192 * plain / (2 * np.pi)
+    np.testing.assert_array_equal(ratio[turns >= 4], 1.0)
+    np.testing.assert_allclose(ratio[turns <= 1], 8.0)
+    between = ratio[(turns > 1) & (turns < 4)]
+    assert len(between) and (np.diff(between) > 0).all() and (1 < between.min() < 8)
+
+
+def test_qwen3_has_heads_of_their_own_size() -> None:
+    published = {**PUBLISHED, "model_type": "qwen3", "architectures": ["Qwen3ForCausalLM"]}
+    config = config_from_hf(published)
+    assert (config.family, config.head_size) == (Family.QWEN3, 128)
+    assert config.qk_norm and not config.qkv_bias
+    assert config_from_hf(hf_config(config)) == config
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"attention_bias": True}, "attention_bias"),
+        ({"mlp_bias": True}, "mlp_bias"),
+        ({"rope_scaling": {"rope_type": "llama3", "factor": 8.0}}, "lacks numbers for: low_freq"),
+        ({"rope_scaling": {"rope_type": "dynamic", "factor": 8.0}}, "'dynamic'"),
+        ({"architectures": ["Qwen2ForCausalLM"]}, "model_type 'llama'.*Qwen2ForCausalLM"),
+    ],
+)
+def test_what_llama_may_not_ask_for(change: dict, message: str) -> None:
+    with pytest.raises(HFError, match=message):
+        config_from_hf({**LLAMA, **change})
+
+
+def test_rotary_scaling_without_meaning_is_refused() -> None:
+    with pytest.raises(ValueError, match="0 < low_freq_factor < high_freq_factor"):
+        RopeScaling(factor=8.0, low_freq_factor=4.0, high_freq_factor=1.0, original_context=8192)
 
 
 def test_qwen2_with_another_head_is_refused() -> None:

@@ -20,19 +20,21 @@ def test_rotary_is_a_complex_rotation(seed: int, theta: float) -> None:
     rng = np.random.default_rng(seed)
     x = rng.normal(size=(2, 3, 2, 8)).astype(np.float32)
     position = rng.integers(0, 30_000, size=(2, 3)).astype(np.int32)
-    angle = position[..., None, None] * theta ** (-2 * np.arange(4) / 8)
+    frequency = theta ** (-2 * np.arange(4) / 8)
+    angle = position[..., None, None] * frequency
     turned = (x[..., :4] + 1j * x[..., 4:]) * np.exp(1j * angle)
     expected = np.concatenate([turned.real, turned.imag], -1)
     # Positions times frequencies are fp32: at 30,000 an angle is exact to 2e-3.
-    np.testing.assert_allclose(rotary(x, position, theta), expected, atol=1e-2)
+    np.testing.assert_allclose(rotary(x, position, frequency), expected, atol=1e-2)
 
 
 def test_rotary_makes_scores_relative() -> None:
     rng = np.random.default_rng(0)
     query, key = rng.normal(size=(2, 1, 1, 1, 16)).astype(np.float32)
+    frequency = 1e4 ** (-np.arange(8) / 8)
 
     def score(at: int, other: int) -> float:
-        turn = lambda x, t: rotary(x, np.full((1, 1), t, np.int32), 1e4)  # noqa: E731
+        turn = lambda x, t: rotary(x, np.full((1, 1), t, np.int32), frequency)  # noqa: E731
         return float((turn(query, at) * turn(key, other)).sum())
 
     assert score(7, 3) == pytest.approx(score(107, 103), abs=1e-4)

@@ -66,12 +66,17 @@ def _rms(x: jax.Array, weight: jax.Array, config: Any) -> jax.Array:
 
 def _attention(weights: Params, config: Any, h: jax.Array, causal: np.ndarray) -> jax.Array:
     def heads(name: str) -> jax.Array:
-        y = h @ weights[f"{name}.weight"] + weights[f"{name}.bias"]
-        return y.reshape(*y.shape[:2], -1, config.head_size)
+        y = h @ weights[f"{name}.weight"]
+        if config.family == "qwen2":
+            y = y + weights[f"{name}.bias"]
+        y = y.reshape(*y.shape[:2], -1, config.head_size)
+        if config.family == "qwen3" and name != "value":
+            y = _rms(y, weights[f"{name}_norm.weight"], config)
+        return y
 
     groups = config.query_heads // config.kv_heads
-    query = _rotate(heads("query"), config.rope_theta)
-    key = jnp.repeat(_rotate(heads("key"), config.rope_theta), groups, axis=2)
+    query = _rotate(heads("query"), config)
+    key = jnp.repeat(_rotate(heads("key"), config), groups, axis=2)
     value = jnp.repeat(heads("value"), groups, axis=2)
     score = jnp.einsum("bthd,bshd->bhts", query, key) / np.sqrt(config.head_size)
     weight = jax.nn.softmax(jnp.where(causal, score, -jnp.inf), axis=-1)
@@ -79,10 +84,12 @@ def _attention(weights: Params, config: Any, h: jax.Array, causal: np.ndarray) -
     return out.reshape(*out.shape[:2], -1) @ weights["output.weight"]
 
 
-def _rotate(x: jax.Array, theta: float) -> jax.Array:
+def _rotate(x: jax.Array, config: Any) -> jax.Array:
     """Rotary embedding by complex numbers: x_i + j·x_{i+A/2} is turned by the angle t·θ_i."""
     half = x.shape[-1] // 2
-    frequency = theta ** (-2 * np.arange(half) / x.shape[-1])
+    frequency = config.rope_theta ** (-2 * np.arange(half) / x.shape[-1])
+    if (scaling := config.rope_scaling) is not None:
+        frequency = np.array([_scaled(one, scaling) for one in frequency])
     turn = np.exp(1j * np.arange(x.shape[1])[:, None] * frequency)[None, :, None]
     turned = (x[..., :half] + 1j * x[..., half:]) * turn
     return jnp.concatenate([turned.real, turned.imag], -1)
@@ -147,3 +154,17 @@ def gather_scores(
     entropy_BC = -(jnp.exp(predicted_BCV) * predicted_BCV).sum(-1)
     keep = lambda x_BC: jnp.where(mask_BC, x_BC, 0.0).reshape(shape)  # noqa: E731
     return keep(logp_BC), keep(entropy_BC)
+
+
+def _scaled(frequency: float, scaling: Any) -> float:
+    """Llama 3.1's frequency by its wavelength, case by case."""
+    wavelength = 2 * np.pi / frequency
+    old = scaling.original_context
+    if wavelength < old / scaling.high_freq_factor:
+        return frequency
+    if wavelength > old / scaling.low_freq_factor:
+        return frequency / scaling.factor
+    smooth = (old / wavelength - scaling.low_freq_factor) / (
+        scaling.high_freq_factor - scaling.low_freq_factor
+    )
+    return (1 - smooth) * frequency / scaling.factor + smooth * frequency

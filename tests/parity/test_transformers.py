@@ -1,4 +1,4 @@
-"""The network, its weights and its gradients agree with transformers' Qwen2 on torch."""
+"""The network, its weights and its gradients agree with transformers' own on torch."""
 
 import json
 from pathlib import Path
@@ -9,8 +9,9 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from r1re_jax.model.config import ModelConfig
+from r1re_jax.model.config import Family, ModelConfig, RopeScaling
 from r1re_jax.model.hf import NAMES, hf_config, load_hf, save_hf
+from r1re_jax.model.hf_config import ARCHITECTURES
 from r1re_jax.model.qwen import Cache, Qwen
 from tests.drawn import drawn_model, small_config
 
@@ -21,6 +22,17 @@ CONFIGS = {
     "tied": small_config(tied=True),
     # Nothing at its usual value: head size apart from width, multi-query, odd epsilon and base.
     "untied": small_config(kv_heads=1, head_size=10, norm_eps=3e-3, rope_theta=123.0),
+    "qwen3": small_config(family=Family.QWEN3, head_size=10, norm_eps=3e-3),
+    "llama": small_config(family=Family.LLAMA, tied=True),
+    # The rows are longer than the old context, whose half is one turn of the third frequency.
+    "llama3.1": small_config(
+        family=Family.LLAMA,
+        head_size=8,
+        rope_theta=6.0,
+        rope_scaling=RopeScaling(
+            factor=8.0, low_freq_factor=0.25, high_freq_factor=1.0, original_context=4
+        ),
+    ),
 }
 each_config = pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
 
@@ -46,7 +58,8 @@ def torch_logits(network: "torch.nn.Module", tokens: np.ndarray) -> np.ndarray:
 def random_network(config: ModelConfig) -> "torch.nn.Module":
     """Make a random torch network; biases and norms too, which start at zero and one."""
     torch.manual_seed(0)
-    network = transformers.Qwen2ForCausalLM(transformers.Qwen2Config(**hf_config(config)))
+    there = transformers.AutoConfig.for_model(**hf_config(config))
+    network = transformers.AutoModelForCausalLM.from_config(there, dtype=torch.float32)
     with torch.no_grad():
         for name, parameter in network.named_parameters():
             scale = 0.3 if parameter.ndim == 1 else parameter.shape[-1] ** -0.5
@@ -70,7 +83,7 @@ def test_exported_weights_give_the_same_logits_there(config: ModelConfig, tmp_pa
     model = drawn_model(config)
     save_hf(model, tmp_path / "m", stop_ids=(3, 4), pad_id=5)
     network = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "m")
-    assert type(network).__name__ == "Qwen2ForCausalLM"
+    assert type(network).__name__ == ARCHITECTURES[config.family]
     assert network.dtype == torch.float32
     assert network.generation_config.eos_token_id == [3, 4]
     assert network.generation_config.pad_token_id == 5
@@ -135,12 +148,14 @@ def named_gradients(network: "torch.nn.Module") -> dict[str, np.ndarray]:
     theirs = {name: parameter.grad.numpy() for name, parameter in network.named_parameters()}
     result = {}
     for name in NAMES:
+        if name.theirs.format(0) not in theirs:
+            continue  # not of this family
         if "{}" in name.theirs:
             count = network.config.num_hidden_layers
             result[name.ours] = np.stack([theirs[name.theirs.format(i)] for i in range(count)])
-        elif name.theirs in theirs:
+        else:
             result[name.ours] = theirs[name.theirs]
-        if name.transposed and name.ours in result:
+        if name.transposed:
             result[name.ours] = np.swapaxes(result[name.ours], -1, -2)
     return result
 

@@ -211,6 +211,8 @@ def test_a_schedule_has_a_length_that_extending_a_run_does_not_change() -> None:
     assert short.grpo.optimizer.decay_steps == 4
     assert configuration_hash(short) != configuration_hash(longer)
     assert configuration_hash(short) == configuration_hash(kept)
+    tried = read_settings(_config(grpo__schedule="cosine", grpo__steps=4, grpo__warmup=9))
+    assert tried.grpo.optimizer.decay_steps == 10, "a phase cut short by flag still runs"
     constant = read_settings(_config(grpo__steps=8))
     assert configuration_hash(constant) == configuration_hash(read_settings(_config()))
 

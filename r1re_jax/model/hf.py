@@ -6,6 +6,7 @@ neither torch nor transformers.
 
 import contextlib
 import dataclasses
+import functools
 import json
 import os
 import re
@@ -13,6 +14,7 @@ import shutil
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -69,6 +71,15 @@ NAMES: tuple[Name, ...] = (
     Name("head", "lm_head.weight", transposed=True),  # absent where the head is tied
 )
 
+
+@dataclasses.dataclass(frozen=True)
+class Stored:
+    """A tensor in a file: the file's name, and what reads parts of it (a safetensors slice)."""
+
+    file: str
+    read: Any
+
+
 # Tensors that some writers add and that carry nothing: buffers of old transformers.
 IGNORED = re.compile(r"model\.(layers\.\d+\.self_attn\.)?rotary_emb\.inv_freq")
 
@@ -111,9 +122,9 @@ def load_hf(
         _check(folder, config, state, tensors)
         loaded = []
         for i, (path, variable) in enumerate(nnx.to_flat_state(state)):
-            array = _stacked(_name(path), variable.shape, tensors)
             where = None if placement is None else placement[i][1].get_value()
-            loaded.append((path, variable.replace(_place(array, where))))
+            array = _place(_name(path), variable.shape, tensors, where)
+            loaded.append((path, variable.replace(array)))
     return nnx.merge(graph, nnx.from_flat_state(loaded))
 
 
@@ -129,8 +140,8 @@ def _read_json(path: Path) -> dict:
     return content
 
 
-def _open(folder: Path, stack: contextlib.ExitStack) -> dict[str, safe_open]:
-    """Map each tensor's name to the open file that holds it; reads headers only."""
+def _open(folder: Path, stack: contextlib.ExitStack) -> dict[str, Stored]:
+    """Map each tensor's name to where it is stored; reads headers only."""
     if (folder / ONE_FILE).is_file():
         files = [ONE_FILE]
     elif (folder / INDEX).is_file():
@@ -149,7 +160,7 @@ def _open(folder: Path, stack: contextlib.ExitStack) -> dict[str, safe_open]:
             handle = stack.enter_context(safe_open(folder / file, framework="np"))
         except SafetensorError as error:
             raise HFError(f"{folder / file} is damaged or no safetensors file: {error}") from None
-        found.update(dict.fromkeys(handle.keys(), handle))
+        found |= {name: Stored(file, handle.get_slice(name)) for name in handle.keys()}  # noqa: SIM118
     return found
 
 
@@ -168,7 +179,7 @@ def _theirs(name: Name, shape: tuple[int, ...]) -> list[tuple[str, tuple[int, ..
 
 
 def _check(
-    folder: Path, config: ModelConfig, state: nnx.State, tensors: Mapping[str, safe_open]
+    folder: Path, config: ModelConfig, state: nnx.State, tensors: Mapping[str, Stored]
 ) -> None:
     """Raise one error that names every tensor which does not fit."""
     expected = {
@@ -181,8 +192,8 @@ def _check(
     problems = [
         f"missing {name} {list(expected[name])}" for name in expected if name not in tensors
     ]
-    for name, handle in sorted(tensors.items()):
-        tensor = handle.get_slice(name)
+    for name, stored in sorted(tensors.items()):
+        tensor = stored.read
         if name not in expected:
             if name not in ignored and not IGNORED.fullmatch(name):
                 problems.append(f"unexpected {name} {tensor.get_shape()}")
@@ -198,20 +209,56 @@ def _check(
         )
 
 
-def _stacked(name: Name, shape: tuple[int, ...], tensors: Mapping[str, safe_open]) -> np.ndarray:
-    """Read one of our parameters in fp32."""
-    array = np.empty(shape, np.float32)
-    rows = array if "{}" in name.theirs else [array]
-    for row, (theirs, _) in zip(rows, _theirs(name, shape), strict=True):
-        tensor = tensors[theirs].get_tensor(theirs)
-        row[...] = tensor.T if name.transposed else tensor
-    return array
-
-
-def _place(array: np.ndarray, where: jax.sharding.Sharding | None) -> jax.Array:
+def _place(
+    name: Name,
+    shape: tuple[int, ...],
+    tensors: Mapping[str, Stored],
+    where: jax.sharding.Sharding | None,
+) -> jax.Array:
+    """Read one of our parameters in fp32, every device's part by itself: never the whole of it."""
     if where is None:
-        return jnp.asarray(array)
-    return jax.make_array_from_callback(array.shape, where, lambda index: array[index])
+        return jnp.asarray(_part(name, shape, tensors, (slice(None),) * len(shape)))
+    # Neighbours that hold the same part read it once; more than one part is never kept.
+    read = functools.lru_cache(1)(lambda *bounds: _part(name, shape, tensors, _slices(bounds)))
+
+    def part(index: tuple[slice, ...]) -> np.ndarray:
+        return read(*(one.indices(size)[:2] for one, size in zip(index, shape, strict=True)))
+
+    # One device after the other: `make_array_from_callback` would hold all parts beside the array.
+    places = where.addressable_devices_indices_map(shape).items()
+    parts = [jax.block_until_ready(jax.device_put(part(index), device)) for device, index in places]
+    return jax.make_array_from_single_device_arrays(shape, where, parts)
+
+
+def _slices(bounds: Sequence[tuple[int, int]]) -> tuple[slice, ...]:
+    return tuple(slice(*one) for one in bounds)
+
+
+def _part(
+    name: Name, shape: tuple[int, ...], tensors: Mapping[str, Stored], index: tuple[slice, ...]
+) -> np.ndarray:
+    """Read the part [index] of one of our parameters, in fp32.
+
+    Raises:
+        HFError: a number in it is not finite.
+    """
+    chosen = [range(*one.indices(size)) for one, size in zip(index, shape, strict=True)]
+    array = np.empty([len(one) for one in chosen], np.float32)
+    stacked = "{}" in name.theirs
+    inner = tuple(slice(one.start, one.stop) for one in (chosen[1:] if stacked else chosen))
+    inner = inner[::-1] if name.transposed else inner
+    for row, layer in zip(
+        array if stacked else [array], chosen[0] if stacked else [0], strict=True
+    ):
+        theirs = name.theirs.format(layer)
+        tensor = tensors[theirs].read[inner]
+        row[...] = tensor.T if name.transposed else tensor
+        if not np.isfinite(row).all():
+            raise HFError(
+                f"{tensors[theirs].file}: {theirs} holds numbers that are not finite; the file is"
+                " damaged, or its training diverged"
+            )
+    return array
 
 
 def save_hf(

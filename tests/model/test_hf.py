@@ -11,10 +11,12 @@ import pytest
 from flax import nnx
 from safetensors.numpy import load_file, save_file
 
+from r1re_jax.model import hf as hf_module
 from r1re_jax.model.config import Family, ModelConfig
 from r1re_jax.model.hf import NAMES, HFError, load_hf, save_hf
 from r1re_jax.model.qwen import Qwen, Remat, abstract_qwen
 from tests.drawn import drawn_model
+from tests.train.world import mesh_of
 
 CONFIG = ModelConfig(
     vocab=20, layers=2, width=8, query_heads=2, kv_heads=1, head_size=4, mlp_width=12
@@ -169,6 +171,36 @@ def test_damaged_weights(folder: Path) -> None:
     (folder / WEIGHTS).write_bytes(content[: len(content) // 2])
     with pytest.raises(HFError, match="model.safetensors is damaged"):
         load_hf(folder)
+
+
+@pytest.mark.parametrize("number", [np.nan, np.inf])
+def test_numbers_that_are_not_finite_are_refused_by_name(folder: Path, number: float) -> None:
+    tensors = load_file(folder / WEIGHTS)
+    tensors["model.layers.1.mlp.up_proj.weight"][3, 2] = number
+    save_file(tensors, folder / WEIGHTS)
+    with pytest.raises(
+        HFError, match=r"model\.safetensors: model\.layers\.1\.mlp\.up_proj\.weight.*not finite"
+    ):
+        load_hf(folder)
+
+
+@pytest.mark.parametrize("sizes", [(1, 4, 2), (1, 2, 1), (2, 1, 1)])
+def test_every_device_reads_its_own_part_alone(
+    model: Qwen, folder: Path, sizes: tuple[int, int, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    read = []
+
+    def part(*args: object) -> np.ndarray:
+        read.append(real(*args))
+        return read[-1]
+
+    real = hf_module._part
+    monkeypatch.setattr(hf_module, "_part", part)
+    loaded = load_hf(folder, mesh=mesh_of(*sizes))
+    assert_equal(loaded, model)
+    state = nnx.to_flat_state(nnx.state(loaded))
+    parts = {leaf.get_value().addressable_shards[0].data.shape for _, leaf in state}
+    assert {array.shape for array in read} == parts
 
 
 def test_all_mismatches_are_named_at_once(folder: Path) -> None:

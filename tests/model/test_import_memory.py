@@ -1,0 +1,63 @@
+"""A checkpoint of 1.5 billion parameters comes in within the memory that its shards need."""
+
+import json
+import os
+import pathlib
+import subprocess
+import sys
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+from safetensors.numpy import save_file
+
+from r1re_jax.model import hf
+from r1re_jax.model.config import PRESETS, ModelConfig
+from r1re_jax.model.qwen import abstract_qwen
+
+ROOT = pathlib.Path(__file__).resolve().parents[2]
+CONFIG = PRESETS["qwen2.5-1.5b"]
+FILES = 4
+
+
+def write_checkpoint(folder: pathlib.Path, config: ModelConfig) -> None:
+    """Write bfloat16 shards of small numbers, one shard in memory at a time."""
+    state = nnx.to_flat_state(nnx.state(abstract_qwen(config)))
+    shapes = {
+        theirs: shape
+        for path, variable in state
+        for theirs, shape in hf._theirs(hf._name(path), variable.shape)
+    }
+    numbers = np.random.default_rng(0).normal(scale=0.02, size=4099).astype(jnp.bfloat16)
+    names, files = list(shapes), {}
+    for file in range(FILES):
+        part = f"model-{file + 1:05d}-of-{FILES:05d}.safetensors"
+        mine = names[file::FILES]
+        save_file({name: np.resize(numbers, shapes[name]) for name in mine}, folder / part)
+        files |= dict.fromkeys(mine, part)
+    (folder / hf.INDEX).write_text(json.dumps({"weight_map": files}))
+    (folder / "config.json").write_text(json.dumps(hf.hf_config(config, dtype="bfloat16")))
+
+
+@pytest.mark.slow
+def test_import_needs_the_shards_and_two_tensors(tmp_path: pathlib.Path) -> None:
+    write_checkpoint(tmp_path, CONFIG)
+    process = subprocess.run(
+        [sys.executable, "-m", "tests.model.import_memory", str(tmp_path)],
+        cwd=ROOT,
+        env={**os.environ, "XLA_FLAGS": "--xla_force_host_platform_device_count=8"},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    for path in tmp_path.glob("*.safetensors"):
+        path.unlink()  # 3 GB: not to be kept with pytest's other folders
+    found = json.loads(process.stdout.splitlines()[-1])
+    assert found["devices"] == 8
+    parameters = sum(
+        np.prod(leaf.shape) for _, leaf in nnx.to_flat_state(nnx.state(abstract_qwen(CONFIG)))
+    )
+    assert parameters > 1.5e9 and found["held"] >= 4 * parameters, "float32, some replicated"
+    largest = 4 * CONFIG.vocab * CONFIG.width
+    assert found["rise"] <= found["held"] + 2 * largest

@@ -92,6 +92,30 @@ def test_exported_weights_give_the_same_logits_there(config: ModelConfig, tmp_pa
     assert difference.max() < 1e-4
 
 
+@each_config
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_long_rows_equal_those_that_are_padded_there(
+    config: ModelConfig, side: str, tmp_path: Path
+) -> None:
+    network = random_network(config)
+    network.save_pretrained(tmp_path)
+    model = load_hf(tmp_path)
+    rng = np.random.default_rng(8)
+    lengths = (600, 517)
+    tokens = rng.integers(0, config.vocab, (2, 600)).astype(np.int32)
+    slots = np.arange(600)
+    places = [slots[:n] if side == "right" else slots[600 - n :] for n in lengths]
+    mask = np.stack([np.isin(slots, place) for place in places])
+    with torch.no_grad():
+        padded = network(
+            torch.tensor(tokens, dtype=torch.long), attention_mask=torch.tensor(mask)
+        ).logits.numpy()
+    for row, place, found in zip(tokens, places, padded, strict=True):
+        ours = np.asarray(logits(model, row[None, place]))[0]
+        gap = np.abs(ours - found[place]).max() / np.ptp(ours)
+        assert gap < 2e-4
+
+
 def test_sharded_half_precision_export_loads_there(tmp_path: Path) -> None:
     model = drawn_model(CONFIGS["untied"])
     save_hf(model, tmp_path / "m", dtype="bfloat16", max_shard_bytes=2000)
@@ -169,6 +193,28 @@ def assert_gradients_equal(found: nnx.State, network: "torch.nn.Module") -> None
         scale = np.abs(expected[name]).max()
         assert scale > 0, name
         np.testing.assert_allclose(gradient, expected[name], atol=1e-4 * scale, err_msg=name)
+
+
+@each_config
+def test_sixty_four_greedy_tokens_are_the_same(config: ModelConfig, tmp_path: Path) -> None:
+    network = random_network(config)
+    network.save_pretrained(tmp_path)
+    model = load_hf(tmp_path)
+    prompt = np.random.default_rng(9).integers(0, config.vocab, 20).tolist()
+    row = np.zeros((1, 84), np.int32)
+    row[0, :20] = prompt
+    for end in range(20, 84):
+        row[0, end] = int(np.argmax(logits(model, row)[0, end - 1]))
+    there = torch.tensor([prompt], dtype=torch.long)
+    found = network.generate(
+        there,
+        attention_mask=torch.ones_like(there),
+        do_sample=False,
+        max_new_tokens=64,
+        eos_token_id=None,
+        pad_token_id=0,
+    )
+    assert found[0].tolist() == row[0].tolist()
 
 
 @each_config

@@ -5,7 +5,7 @@ at every step.
 
 command:   bash run/quickstart.sh, or
            python -m run.train --config=configs/miniworld.py --workdir=runs/miniworld
-argument:  sft_only   the same start, supervised on as many examples as SFT and GRPO see
+argument:  sft_only   the same start, supervised on as many examples as SFT and GRPO train on
 hardware:  2 CPU cores
 time:      5.5 minutes for both variants with their evaluations, after about a minute of set-up
 score:     in domain 36 % after SFT, 60 % after GRPO; out of domain 44 %, 64 % (Avg@4, three seeds)

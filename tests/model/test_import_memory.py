@@ -43,16 +43,19 @@ def write_checkpoint(folder: pathlib.Path, config: ModelConfig) -> None:
 @pytest.mark.slow
 def test_import_needs_the_shards_and_two_tensors(tmp_path: pathlib.Path) -> None:
     write_checkpoint(tmp_path, CONFIG)
-    process = subprocess.run(
-        [sys.executable, "-m", "tests.model.import_memory", str(tmp_path)],
-        cwd=ROOT,
-        env={**os.environ, "XLA_FLAGS": "--xla_force_host_platform_device_count=8"},
-        capture_output=True,
-        text=True,
-        check=True,
-    )
-    for path in tmp_path.glob("*.safetensors"):
-        path.unlink()  # 3 GB: not to be kept with pytest's other folders
+    try:
+        process = subprocess.run(
+            [sys.executable, "-m", "tests.model.import_memory", str(tmp_path)],
+            cwd=ROOT,
+            env={**os.environ, "XLA_FLAGS": "--xla_force_host_platform_device_count=8"},
+            capture_output=True,
+            text=True,
+            check=True,
+        )
+    finally:
+        # 3 GB: not to be kept with pytest's other folders.
+        for path in tmp_path.glob("*.safetensors"):
+            path.unlink()
     found = json.loads(process.stdout.splitlines()[-1])
     assert found["devices"] == 8
     parameters = sum(

@@ -5,7 +5,7 @@ import functools
 import json
 import os
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,7 @@ from flax import nnx
 from jax.sharding import Mesh
 
 from r1re_jax.model.config import ModelConfig
+from r1re_jax.model.gguf_file import GGUFFile, gguf_config, load_gguf, open_gguf
 from r1re_jax.model.hf import load_hf, save_hf
 from r1re_jax.model.hf_config import config_from_hf, hf_config
 from r1re_jax.model.qwen import Qwen, Remat, abstract_qwen
@@ -32,7 +33,8 @@ from r1re_jax.policy_source import (
 from r1re_jax.rollout.keys import Purpose, example_id, row_keys
 from r1re_jax.rollout.rollout import generate
 from r1re_jax.rollout.sampling import SamplingSettings
-from r1re_jax.task.prompts import PromptEncoder, PromptTemplate
+from r1re_jax.task.prompts import PromptEncoder, PromptError, PromptTemplate
+from r1re_jax.tokenizer import gguf_tokenizer, load_tokenizer
 
 RECIPE = "r1re.json"
 # Completions that are drawn at a time, and fp32 logits that exist at a time (256 MB).
@@ -63,13 +65,28 @@ class Limits:
                 )
 
 
+class Wordless:
+    """Stands for the encoder of a model that came without a usable tokenizer.
+
+    Logits of token ids need none; whatever asks for words gets a PolicyError that says why not.
+    """
+
+    def __init__(self, why: str):
+        """Keep the reason."""
+        self._why = why
+
+    def __getattr__(self, name: str) -> Any:
+        """Refuse."""
+        raise PolicyError(f"this policy has no words: {self._why}")
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Policy:
     """A model and everything that decides which tokens it sees.
 
     Attributes:
         model: the network.
-        tokenizer: Hugging Face fast tokenizer.
+        tokenizer: Hugging Face fast tokenizer; None where there is no usable one.
         encoder: guides and examples to tokens and back; knows template and stop tokens.
         limits: widths of the levels.
         guide_sha256: title -> SHA-256 of the guides that the policy was trained on, where known.
@@ -78,18 +95,15 @@ class Policy:
 
     model: Qwen
     tokenizer: Any
-    encoder: PromptEncoder
+    encoder: PromptEncoder | Wordless
     limits: Limits = Limits()
     guide_sha256: Mapping[str, str] = dataclasses.field(default_factory=dict)
     provenance: str = ""
 
     def __post_init__(self) -> None:
         """Refuse a tokenizer whose tokens the model has no rows for."""
-        if len(self.tokenizer) > self.config.vocab:
-            raise PolicyError(
-                f"the tokenizer has {len(self.tokenizer)} tokens and the model {self.config.vocab};"
-                " they do not belong together"
-            )
+        if self.tokenizer is not None:
+            check_vocabulary(self.tokenizer, self.config)
 
     @property
     def config(self) -> ModelConfig:
@@ -157,6 +171,7 @@ class Policy:
             raise PolicyError(
                 f"samples is {samples} and max_tokens {limit}; both must be at least 1"
             )
+        stops, pad = self.encoder.stop_ids, self.encoder.pad_id
         rows = [self.tokenizer(text, add_special_tokens=False)["input_ids"] for text in prompts]
         for number, row in enumerate(rows):
             if not row:
@@ -176,8 +191,8 @@ class Policy:
                     keys=row_keys(seed, Purpose.GENERATE, 0, batch_ids, range(samples)),
                     settings=settings,
                     limit=limit,
-                    stop_ids=self.encoder.stop_ids,
-                    pad_id=self.encoder.pad_id,
+                    stop_ids=stops,
+                    pad_id=pad,
                 )
                 tokens_PGC, length_PG = np.asarray(drawn.tokens), np.asarray(drawn.length)
                 for i, *of_prompt in zip(batch, tokens_PGC, length_PG, strict=False):
@@ -190,6 +205,15 @@ class Policy:
             raise PolicyError(
                 f"{what} are {tokens} tokens; the model was made for {self.config.max_position}"
             )
+
+
+def check_vocabulary(tokenizer: Any, config: ModelConfig) -> None:
+    """Raise PolicyError where a tokenizer has tokens that the model has no rows for."""
+    if len(tokenizer) > config.vocab:
+        raise PolicyError(
+            f"the tokenizer has {len(tokenizer)} tokens and the model {config.vocab}; they do not"
+            " belong together"
+        )
 
 
 @functools.partial(jax.jit, static_argnames="graph")
@@ -234,6 +258,7 @@ def load_policy(
     source: str | os.PathLike,
     *,
     dtype: str = "float32",
+    param_dtype: str | None = None,
     remat: Remat = Remat.NONE,
     mesh: Mesh | None = None,
     step: int | None = None,
@@ -242,9 +267,11 @@ def load_policy(
 
     Args:
         source: a Hugging Face folder (its r1re.json, where there is one, says template, limits and
-            stop tokens), a work directory of run.train, "base:NAME" for a policy that comes with
-            the package, or a name on the Hugging Face hub.
-        dtype: what the forward computes in; parameters are fp32.
+            stop tokens), a GGUF file, a work directory of run.train, "base:NAME" for a policy that
+            comes with the package, one of `r1re_jax.published.PUBLISHED`, or a name on the Hugging
+            Face hub.
+        dtype: what the forward computes in.
+        param_dtype: of the parameters; None: `dtype`. Training keeps them in float32.
         remat: what the backward pass computes again.
         mesh: where the parameters go, by the sharding table; None: the first device.
         step: of a work directory's checkpoints; None takes the best, where the run scored them,
@@ -252,42 +279,46 @@ def load_policy(
 
     Raises:
         PolicyError: nothing of that kind there; the message says what was looked for.
-        HFError: a Hugging Face folder that cannot be read.
+        WeightsError: files that cannot be read.
     """
-    folder = find(source)
-    if (folder / CHECKPOINTS).is_dir() or (folder / WORDS).is_dir():
-        step = choose_step(folder, step)
-        words = folder / WORDS
-        config = config_from_hf(read_json(words / "config.json"))
-        model = abstract_qwen(config, dtype=dtype, remat=remat)
-        model = restore(model, folder / CHECKPOINTS / str(step) / "params", mesh=mesh)
-        return _policy(model, words, provenance=f"{source}, step {step}")
+    where = find(source)
+    kinds = {"dtype": dtype, "param_dtype": param_dtype or dtype, "remat": remat, "mesh": mesh}
+    if _is_workdir(where):
+        step = choose_step(where, step)
+        model = abstract_qwen(policy_config(where), dtype=dtype, remat=remat)
+        parameters = where / CHECKPOINTS / str(step) / "params"
+        model = restore(model, parameters, dtype=kinds["param_dtype"], mesh=mesh)
+        return _policy(model, where / WORDS, provenance=f"{source}, step {step}")
     if step is not None:
-        raise PolicyError(f"{folder} is no work directory, so it has no step {step}")
+        raise PolicyError(f"{where} is no work directory, so it has no step {step}")
+    if where.is_file():
+        file = open_gguf(where)
+        return _gguf_policy(load_gguf(file, **kinds), file, provenance=str(source))
+    _check_folder(where)
+    return _policy(load_hf(where, **kinds), where, provenance=str(source))
+
+
+def policy_config(source: str | os.PathLike) -> ModelConfig:
+    """Read the shape of a policy's model, and no weights; errors as of `load_policy`."""
+    where = find(source)
+    if where.is_file():
+        return gguf_config(open_gguf(where))
+    if _is_workdir(where):
+        return config_from_hf(read_json(where / WORDS / "config.json"))
+    _check_folder(where)
+    return config_from_hf(read_json(where / "config.json"))
+
+
+def _is_workdir(where: Path) -> bool:
+    return (where / CHECKPOINTS).is_dir() or (where / WORDS).is_dir()
+
+
+def _check_folder(folder: Path) -> None:
     if not (folder / "config.json").is_file():
         raise PolicyError(
             f"{folder} holds no policy: expected config.json and safetensors (a Hugging Face"
             f" folder), or {WORDS}/ and {CHECKPOINTS}/ (a work directory)"
         )
-    return _policy(
-        load_hf(folder, dtype=dtype, remat=remat, mesh=mesh), folder, provenance=str(source)
-    )
-
-
-def load_tokenizer(folder: str | os.PathLike) -> Any:
-    """Load tokenizer.json and its settings as a fast tokenizer, whatever class they name.
-
-    Raises:
-        PolicyError: no tokenizer.json.
-    """
-    if not (Path(folder) / "tokenizer.json").is_file():
-        raise PolicyError(
-            f"{folder} has no tokenizer.json; a policy needs a fast tokenizer beside it"
-        )
-    # Imported late: it takes seconds, and most of a run does without it.
-    from transformers import PreTrainedTokenizerFast
-
-    return PreTrainedTokenizerFast.from_pretrained(folder)
 
 
 def save_policy(
@@ -343,11 +374,14 @@ def _write_words(policy: Policy, folder: Path) -> None:
 
 def _policy(model: Qwen, folder: Path, *, provenance: str) -> Policy:
     """Put tokenizer, template, limits and stop tokens of a folder around a model."""
-    tokenizer = load_tokenizer(folder)
     if not (folder / RECIPE).is_file():
-        encoder = PromptEncoder(tokenizer, stop_tokens=_hf_stops(folder))
-        return Policy(model=model, tokenizer=tokenizer, encoder=encoder, provenance=provenance)
-    recipe = read_json(folder / RECIPE)
+        return _worded(
+            model,
+            functools.partial(load_tokenizer, folder),
+            stop_tokens=_hf_stops(folder),
+            provenance=provenance,
+        )
+    tokenizer, recipe = load_tokenizer(folder), read_json(folder / RECIPE)
     try:
         template = PromptTemplate.from_json(recipe["template"])
         limits = Limits(**recipe["limits"])
@@ -362,6 +396,30 @@ def _policy(model: Qwen, folder: Path, *, provenance: str) -> Policy:
         guide_sha256=guides,
         provenance=provenance,
     )
+
+
+def _gguf_policy(model: Qwen, file: GGUFFile, *, provenance: str) -> Policy:
+    """Put tokenizer and stop tokens of a GGUF file around its model."""
+    name = file.path.name
+    return _worded(
+        model,
+        functools.partial(gguf_tokenizer, file.metadata, source=name),
+        stop_tokens=[],
+        provenance=provenance,
+    )
+
+
+def _worded(
+    model: Qwen, load: Callable[[], Any], *, stop_tokens: Sequence[int], provenance: str
+) -> Policy:
+    """Put a pretrained model's tokenizer around it; without a usable one, why there is none."""
+    try:
+        tokenizer = load()
+        check_vocabulary(tokenizer, model.config)
+        encoder = PromptEncoder(tokenizer, stop_tokens=stop_tokens)
+    except (PolicyError, PromptError) as error:
+        tokenizer, encoder = None, Wordless(str(error))
+    return Policy(model=model, tokenizer=tokenizer, encoder=encoder, provenance=provenance)
 
 
 def _hf_stops(folder: Path) -> list[int]:

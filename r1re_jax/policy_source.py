@@ -7,11 +7,14 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import Mesh, SingleDeviceSharding
 
 from r1re_jax import sharding
+from r1re_jax.model.gguf_file import SUFFIX
 from r1re_jax.model.qwen import Qwen
+from r1re_jax.published import PUBLISHED, cached
 
 BASE = "base:"
 # Parts of a work directory: all of the policy but its weights, and the weights.
@@ -24,10 +27,11 @@ class PolicyError(ValueError):
 
 
 def find(source: str | os.PathLike) -> Path:
-    """Return the folder that a source (of `load_policy`) means.
+    """Return the folder, or the GGUF file, that a source (of `load_policy`) means.
 
     Raises:
         PolicyError: there is none; the message says what was looked for.
+        FetchError: a published policy that is not in the cache, with the command that fetches it.
     """
     name, folder = os.fspath(source), Path(source)
     if name.startswith(BASE):
@@ -36,13 +40,19 @@ def find(source: str | os.PathLike) -> Path:
             return folder
         there = sorted(path.name for path in folder.parent.glob("*") if path.is_dir())
         raise PolicyError(f"no base policy {name!r}; there are {[BASE + each for each in there]}")
-    if folder.is_dir():
+    if folder.is_dir() or (folder.is_file() and folder.suffix == SUFFIX):
         return folder
     if folder.exists():
         raise PolicyError(
-            f"{folder} is a file; expected a folder: Hugging Face's with safetensors, or a run's"
+            f"{folder} is a file; expected a {SUFFIX} file, or a folder: Hugging Face's with"
+            " safetensors, or a run's"
         )
-    looked = f"no policy {name!r}: no folder {folder.absolute()}, and no {BASE}NAME"
+    if name in PUBLISHED:
+        return cached(name)
+    looked = (
+        f"no policy {name!r}: no folder or {SUFFIX} file {folder.absolute()}, no {BASE}NAME, and"
+        f" not one of {', '.join(PUBLISHED)}"
+    )
     if not re.fullmatch(r"[\w.-]+/[\w.-]+", name) or name.startswith("."):
         raise PolicyError(looked)
     try:
@@ -72,8 +82,10 @@ def choose_step(workdir: Path, step: int | None) -> int:
     return max(scored, key=lambda step: (scores[str(step)], -step), default=steps[-1])
 
 
-def restore(model: Qwen, folder: Path, *, mesh: Mesh | None = None) -> Qwen:
-    """Fill an abstract model from a checkpoint's `params`: dotted name -> array."""
+def restore(
+    model: Qwen, folder: Path, *, dtype: str | jnp.dtype = "float32", mesh: Mesh | None = None
+) -> Qwen:
+    """Fill an abstract model from a checkpoint's `params`: dotted name -> array, as `dtype`."""
     import orbax.checkpoint as ocp
 
     graph, state = nnx.split(model)
@@ -83,7 +95,7 @@ def restore(model: Qwen, folder: Path, *, mesh: Mesh | None = None) -> Qwen:
         spread = nnx.to_flat_state(sharding.parameter_shardings(state, mesh))
         places = {".".join(map(str, path)): leaf.get_value() for path, leaf in spread}
     target = {
-        name: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=places[name])
+        name: jax.ShapeDtypeStruct(leaf.shape, jnp.dtype(dtype), sharding=places[name])
         for name, (_, leaf) in flat.items()
     }
     try:

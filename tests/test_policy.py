@@ -15,6 +15,7 @@ import r1re_jax
 from r1re_jax import policy_source, sharding
 from r1re_jax.model.config import ModelConfig
 from r1re_jax.model.hf import HFError
+from r1re_jax.model.weights import WeightsError
 from r1re_jax.policy import Limits, Policy, load_policy, save_policy, save_words
 from r1re_jax.policy_source import PolicyError
 from r1re_jax.rollout.rollout import Rollout
@@ -257,7 +258,7 @@ def test_a_checkpoint_of_another_model_is_refused(
 
 
 def test_places_without_a_policy_say_what_was_looked_for(tmp_path: pathlib.Path) -> None:
-    with pytest.raises(PolicyError, match="no folder .*/nowhere, and no base:NAME"):
+    with pytest.raises(PolicyError, match="no folder or .gguf file .*/nowhere, no base:NAME"):
         load_policy(tmp_path / "nowhere")
     with pytest.raises(PolicyError, match="expected config.json and safetensors"):
         load_policy(tmp_path)
@@ -266,8 +267,11 @@ def test_places_without_a_policy_say_what_was_looked_for(tmp_path: pathlib.Path)
     with pytest.raises(PolicyError, match="no base policy 'base:nothing'; there are"):
         load_policy("base:nothing")
     (tmp_path / "model.gguf").write_bytes(b"GGUF")
-    with pytest.raises(PolicyError, match="is a file; expected a folder"):
+    with pytest.raises(WeightsError, match="model.gguf is damaged or no GGUF file"):
         load_policy(tmp_path / "model.gguf")
+    (tmp_path / "model.bin").write_bytes(b"pickle")
+    with pytest.raises(PolicyError, match="is a file; expected a .gguf file, or a folder"):
+        load_policy(tmp_path / "model.bin")
     (tmp_path / "policy").mkdir()
     with pytest.raises(PolicyError, match="has no checkpoint yet"):
         load_policy(tmp_path)

@@ -5,8 +5,6 @@ neither torch nor transformers.
 """
 
 import contextlib
-import dataclasses
-import functools
 import json
 import os
 import re
@@ -14,7 +12,6 @@ import shutil
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -25,69 +22,22 @@ from jax.sharding import Mesh
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
-from r1re_jax import sharding
-from r1re_jax.model.config import ModelConfig
 from r1re_jax.model.hf_config import PRODUCER, HFError, config_from_hf, hf_config
+from r1re_jax.model.names import NAMES, Form, Name
 from r1re_jax.model.qwen import Qwen, Remat, abstract_qwen
+from r1re_jax.model.weights import Stored, fill
 
 FLOATS = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}
 ONE_FILE, INDEX = "model.safetensors", "model.safetensors.index.json"
-
-
-@dataclasses.dataclass(frozen=True)
-class Name:
-    """One row of the table: a parameter here and there.
-
-    Attributes:
-        ours: dotted path in the Qwen module; `layers.…` are stacked [L, …].
-        theirs: tensor name there; `{}` stands for the layer's number.
-        transposed: whether their tensor is [out, in] where ours is [in, out].
-    """
-
-    ours: str
-    theirs: str
-    transposed: bool = False
-
-
-# A family has the rows whose parameters its config makes (biases, norms of q and k, a head).
-# torch keeps a linear layer's weight as [out, in], we as [in, out].
-NAMES: tuple[Name, ...] = (
-    Name("embed", "model.embed_tokens.weight"),
-    Name("layers.attention_norm.weight", "model.layers.{}.input_layernorm.weight"),
-    Name("layers.query.weight", "model.layers.{}.self_attn.q_proj.weight", transposed=True),
-    Name("layers.query.bias", "model.layers.{}.self_attn.q_proj.bias"),
-    Name("layers.key.weight", "model.layers.{}.self_attn.k_proj.weight", transposed=True),
-    Name("layers.key.bias", "model.layers.{}.self_attn.k_proj.bias"),
-    Name("layers.value.weight", "model.layers.{}.self_attn.v_proj.weight", transposed=True),
-    Name("layers.value.bias", "model.layers.{}.self_attn.v_proj.bias"),
-    Name("layers.query_norm.weight", "model.layers.{}.self_attn.q_norm.weight"),
-    Name("layers.key_norm.weight", "model.layers.{}.self_attn.k_norm.weight"),
-    Name("layers.output.weight", "model.layers.{}.self_attn.o_proj.weight", transposed=True),
-    Name("layers.mlp_norm.weight", "model.layers.{}.post_attention_layernorm.weight"),
-    Name("layers.gate.weight", "model.layers.{}.mlp.gate_proj.weight", transposed=True),
-    Name("layers.up.weight", "model.layers.{}.mlp.up_proj.weight", transposed=True),
-    Name("layers.down.weight", "model.layers.{}.mlp.down_proj.weight", transposed=True),
-    Name("norm.weight", "model.norm.weight"),
-    Name("head", "lm_head.weight", transposed=True),  # absent where the head is tied
-)
-
-
-@dataclasses.dataclass(frozen=True)
-class Stored:
-    """A tensor in a file: the file's name, and what reads parts of it (a safetensors slice)."""
-
-    file: str
-    read: Any
-
-
 # Tensors that some writers add and that carry nothing: buffers of old transformers.
-IGNORED = re.compile(r"model\.(layers\.\d+\.self_attn\.)?rotary_emb\.inv_freq")
+BUFFERS = re.compile(r"model\.(layers\.\d+\.self_attn\.)?rotary_emb\.inv_freq")
 
 
 def load_hf(
     folder: str | os.PathLike,
     *,
     dtype: str | jnp.dtype = "float32",
+    param_dtype: str | jnp.dtype = "float32",
     remat: Remat = Remat.NONE,
     mesh: Mesh | None = None,
 ) -> Qwen:
@@ -95,14 +45,14 @@ def load_hf(
 
     Args:
         folder: Hugging Face folder; tensors in float32, bfloat16 or float16.
-        dtype: what the forward computes in; parameters are fp32 whatever the files hold.
+        dtype: what the forward computes in.
+        param_dtype: of the parameters, whatever the files hold.
         remat: what the backward pass computes again.
-        mesh: where given, each parameter is placed on it by the sharding table as it is read.
+        mesh: where parameters go, by the sharding table; None: the first device.
 
     Raises:
         HFError: no such folder, no or bad config.json, an architecture or file format that is not
-            supported, or tensors that are missing, unexpected, mis-shaped or not of a float type,
-            all named in one message.
+            supported, or files and tensors that do not fit, all named in one message.
     """
     folder = Path(folder)
     if not folder.is_dir():
@@ -113,19 +63,18 @@ def load_hf(
         raise HFError(f"{folder}: {error}") from None
     except ValueError as error:  # shapes that ModelConfig refuses
         raise HFError(f"{folder / 'config.json'}: {error}") from None
-    graph, state = nnx.split(abstract_qwen(config, dtype=dtype, remat=remat))
-    placement = (
-        None if mesh is None else nnx.to_flat_state(sharding.parameter_shardings(state, mesh))
-    )
+    # A tied model's head is its embedding; files that store it twice agree with themselves.
+    doubled = {"lm_head.weight"} if config.tied else set()
     with contextlib.ExitStack() as stack:
-        tensors = _open(folder, stack)
-        _check(folder, config, state, tensors)
-        loaded = []
-        for i, (path, variable) in enumerate(nnx.to_flat_state(state)):
-            where = None if placement is None else placement[i][1].get_value()
-            array = _place(_name(path), variable.shape, tensors, where)
-            loaded.append((path, variable.replace(array)))
-    return nnx.merge(graph, nnx.from_flat_state(loaded))
+        return fill(
+            abstract_qwen(config, dtype=dtype, remat=remat),
+            _open(folder, stack),
+            form=Form.HF,
+            source=str(folder),
+            dtype=param_dtype,
+            mesh=mesh,
+            ignored=lambda name: name in doubled or bool(BUFFERS.fullmatch(name)),
+        )
 
 
 def _read_json(path: Path) -> dict:
@@ -143,122 +92,75 @@ def _read_json(path: Path) -> dict:
 def _open(folder: Path, stack: contextlib.ExitStack) -> dict[str, Stored]:
     """Map each tensor's name to where it is stored; reads headers only."""
     if (folder / ONE_FILE).is_file():
-        files = [ONE_FILE]
-    elif (folder / INDEX).is_file():
-        files = sorted(set(_read_json(folder / INDEX).get("weight_map", {}).values()))
-        if strange := [file for file in files if Path(file).name != file]:
-            raise HFError(f"{folder / INDEX} points outside its folder: {', '.join(strange)}")
-        if absent := [file for file in files if not (folder / file).is_file()]:
-            raise HFError(
-                f"{folder} lacks {', '.join(absent)}, named by {INDEX}; download it again"
-            )
-    else:
+        return _stored(folder / ONE_FILE, stack)
+    if not (folder / INDEX).is_file():
         raise HFError(f"{folder} has neither {ONE_FILE} nor {INDEX}; only safetensors are read")
-    found = {}
+    index = _read_json(folder / INDEX).get("weight_map")
+    if not (isinstance(index, dict) and all(isinstance(file, str) for file in index.values())):
+        raise HFError(f"{folder / INDEX} has no weight_map of tensor names to file names")
+    files = sorted(set(index.values()))
+    if strange := [file for file in files if Path(file).name != file]:
+        raise HFError(f"{folder / INDEX} points outside its folder: {', '.join(strange)}")
+    if absent := [file for file in files if not (folder / file).is_file()]:
+        lost = [name for name, file in index.items() if file in absent]
+        raise HFError(
+            f"{folder} lacks {', '.join(absent)}, named by {INDEX}, with {len(lost)} tensors, the"
+            f" first of them {lost[0]}; download it again"
+        )
+    found: dict[str, Stored] = {}
     for file in files:
-        try:
-            handle = stack.enter_context(safe_open(folder / file, framework="np"))
-        except SafetensorError as error:
-            raise HFError(f"{folder / file} is damaged or no safetensors file: {error}") from None
-        found |= {name: Stored(file, handle.get_slice(name)) for name in handle.keys()}  # noqa: SIM118
+        tensors = _stored(folder / file, stack)
+        _check_shard(folder, file, set(tensors), index)
+        found |= tensors
     return found
 
 
-def _name(path: tuple) -> Name:
-    """Return the table's row of one of our parameters."""
-    ours = ".".join(map(str, path))
-    return next(name for name in NAMES if name.ours == ours)
-
-
-def _theirs(name: Name, shape: tuple[int, ...]) -> list[tuple[str, tuple[int, ...]]]:
-    """Names and shapes of the tensors there that make up our parameter of the given shape."""
-    stacked = "{}" in name.theirs
-    inner = shape[1:] if stacked else shape
-    inner = inner[::-1] if name.transposed else inner
-    return [(name.theirs.format(i), inner) for i in range(shape[0] if stacked else 1)]
-
-
-def _check(
-    folder: Path, config: ModelConfig, state: nnx.State, tensors: Mapping[str, Stored]
-) -> None:
-    """Raise one error that names every tensor which does not fit."""
-    expected = {
-        theirs: shape
-        for path, variable in nnx.to_flat_state(state)
-        for theirs, shape in _theirs(_name(path), variable.shape)
-    }
-    # A tied model's head is its embedding; files that store it twice agree with themselves.
-    ignored = {"lm_head.weight"} if config.tied else set()
-    problems = [
-        f"missing {name} {list(expected[name])}" for name in expected if name not in tensors
-    ]
-    for name, stored in sorted(tensors.items()):
-        tensor = stored.read
-        if name not in expected:
-            if name not in ignored and not IGNORED.fullmatch(name):
-                problems.append(f"unexpected {name} {tensor.get_shape()}")
-        elif tuple(tensor.get_shape()) != expected[name]:
-            problems.append(f"{name} is {tensor.get_shape()}, expected {list(expected[name])}")
-        elif tensor.get_dtype() not in FLOATS:
-            problems.append(
-                f"{name} is of type {tensor.get_dtype()}, expected one of {', '.join(FLOATS)}"
-            )
-    if problems:
+def _check_shard(folder: Path, file: str, names: set[str], index: Mapping[str, str]) -> None:
+    """Refuse a shard that holds other tensors than the index says: swapped, or of another model."""
+    said = {name for name, where in index.items() if where == file}
+    if names != said:
+        problems = [f"lacks {name}" for name in sorted(said - names)]
+        problems += [
+            f"holds {name}, which {INDEX} "
+            + (f"has in {index[name]}" if name in index else "lacks")
+            for name in sorted(names - said)
+        ]
         raise HFError(
-            f"{folder}: {len(problems)} tensors do not fit config.json:\n  " + "\n  ".join(problems)
+            f"{folder / file} is not the shard that {INDEX} describes; download it again:\n  "
+            + "\n  ".join(problems)
         )
 
 
-def _place(
-    name: Name,
-    shape: tuple[int, ...],
-    tensors: Mapping[str, Stored],
-    where: jax.sharding.Sharding | None,
-) -> jax.Array:
-    """Read one of our parameters in fp32, every device's part by itself: never the whole of it."""
-    if where is None:
-        return jnp.asarray(_part(name, shape, tensors, (slice(None),) * len(shape)))
-    # Neighbours that hold the same part read it once; more than one part is never kept.
-    read = functools.lru_cache(1)(lambda *bounds: _part(name, shape, tensors, _slices(bounds)))
-
-    def part(index: tuple[slice, ...]) -> np.ndarray:
-        return read(*(one.indices(size)[:2] for one, size in zip(index, shape, strict=True)))
-
-    # One device after the other: `make_array_from_callback` would hold all parts beside the array.
-    places = where.addressable_devices_indices_map(shape).items()
-    parts = [jax.block_until_ready(jax.device_put(part(index), device)) for device, index in places]
-    return jax.make_array_from_single_device_arrays(shape, where, parts)
+def _stored(path: Path, stack: contextlib.ExitStack) -> dict[str, Stored]:
+    """Open a file of safetensors for as long as the stack is; reads its header only."""
+    try:
+        handle = stack.enter_context(safe_open(path, framework="np"))
+    except SafetensorError as error:
+        raise HFError(
+            f"{path} is damaged or no safetensors file: {error}{_cut_off(path)}"
+        ) from None
+    tensors = {}
+    for name in handle.keys():  # noqa: SIM118
+        tensor = handle.get_slice(name)
+        kind = tensor.get_dtype()
+        known = "" if kind in FLOATS else f"is of type {kind}, expected one of {', '.join(FLOATS)}"
+        # No index there, `()`, reads a tensor without dimensions.
+        tensors[name] = Stored(path.name, tuple(tensor.get_shape()), tensor.__getitem__, known)
+    return tensors
 
 
-def _slices(bounds: Sequence[tuple[int, int]]) -> tuple[slice, ...]:
-    return tuple(slice(*one) for one in bounds)
-
-
-def _part(
-    name: Name, shape: tuple[int, ...], tensors: Mapping[str, Stored], index: tuple[slice, ...]
-) -> np.ndarray:
-    """Read the part [index] of one of our parameters, in fp32.
-
-    Raises:
-        HFError: a number in it is not finite.
-    """
-    chosen = [range(*one.indices(size)) for one, size in zip(index, shape, strict=True)]
-    array = np.empty([len(one) for one in chosen], np.float32)
-    stacked = "{}" in name.theirs
-    inner = tuple(slice(one.start, one.stop) for one in (chosen[1:] if stacked else chosen))
-    inner = inner[::-1] if name.transposed else inner
-    for row, layer in zip(
-        array if stacked else [array], chosen[0] if stacked else [0], strict=True
-    ):
-        theirs = name.theirs.format(layer)
-        tensor = tensors[theirs].read[inner]
-        row[...] = tensor.T if name.transposed else tensor
-        if not np.isfinite(row).all():
-            raise HFError(
-                f"{tensors[theirs].file}: {theirs} holds numbers that are not finite; the file is"
-                " damaged, or its training diverged"
-            )
-    return array
+def _cut_off(path: Path) -> str:
+    """Say which tensors a truncated file lacks, as far as its header is there."""
+    try:
+        with path.open("rb") as file:
+            size = int.from_bytes(file.read(8), "little")
+            header = json.loads(file.read(min(size, 100_000_000)))
+        there = path.stat().st_size - 8 - size
+        ends = {name: of["data_offsets"][1] for name, of in header.items() if "data_offsets" in of}
+    except (OSError, ValueError, TypeError, KeyError, AttributeError):
+        return ""
+    lost = [name for name, end in ends.items() if end > there]
+    return f"; it ends before {', '.join(lost)}" if lost else ""
 
 
 def save_hf(
@@ -354,7 +256,7 @@ def _write_weights(model: Qwen, folder: Path | None, *, dtype: str, max_shard_by
     sizes = {
         theirs: int(np.prod(shape)) * jnp.dtype(dtype).itemsize
         for name in rows
-        for theirs, shape in _theirs(name, flat[tuple(name.ours.split("."))].shape)
+        for theirs, shape in name.tensors(Form.HF, flat[tuple(name.ours.split("."))].shape)
     }
     files = _plan(sizes, max_shard_bytes)
     last = {file: theirs for theirs, file in files.items()}
@@ -377,8 +279,8 @@ def _tensors(rows: Sequence[Name], flat: Mapping, dtype: str) -> Iterator[tuple[
         if not value.is_fully_addressable:  # pragma: no cover: several hosts
             value = multihost_utils.process_allgather(value, tiled=True)
         array = np.asarray(value)
-        layers = array if "{}" in name.theirs else array[None]
-        for layer, (theirs, _) in zip(layers, _theirs(name, array.shape), strict=True):
+        layers = array if name.stacked else array[None]
+        for layer, (theirs, _) in zip(layers, name.tensors(Form.HF, array.shape), strict=True):
             tensor = layer.T if name.transposed else layer
             yield theirs, np.ascontiguousarray(tensor.astype(jnp.dtype(dtype)))
 

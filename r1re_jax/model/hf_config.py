@@ -3,6 +3,7 @@
 from collections.abc import Mapping, Sequence
 
 from r1re_jax.model.config import Family, ModelConfig, RopeScaling
+from r1re_jax.model.weights import WeightsError as HFError
 
 ARCHITECTURES = {
     Family.QWEN2: "Qwen2ForCausalLM",
@@ -13,10 +14,6 @@ ARCHITECTURES = {
 HEAD_SIZES = {Family.QWEN3: 128}  # in the others, width / heads
 MAX_POSITIONS = {Family.QWEN2: 32_768, Family.QWEN3: 32_768, Family.LLAMA: 2048}
 PRODUCER = "r1re_jax"  # marks our exports in config.json, so that only they are overwritten
-
-
-class HFError(ValueError):
-    """A Hugging Face folder that cannot be read or written as asked."""
 
 
 def config_from_hf(config: Mapping) -> ModelConfig:

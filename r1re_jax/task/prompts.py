@@ -27,6 +27,13 @@ from r1re_jax.task.rewards import ANSWER_CLOSE, ANSWER_OPEN, THINK_CLOSE, THINK_
 NO_REASONING = "-"
 BETWEEN_WORDS = 12
 
+# How a base model is asked, whose tokenizer has no chat template: the words alone.
+PLAIN = (
+    "{{ bos_token or '' }}"
+    "{% for message in messages %}{{ message['content'] }}"
+    "{% if message['role'] == 'assistant' %}{{ eos_token or '' }}{% else %}{{ '\n\n' }}{% endif %}"
+    "{% endfor %}"
+)
 _GUIDE_CACHE = 512
 # `check` takes this many prompts whole, and of the others the cue and the sentence.
 _WHOLE_CHECKS = 64
@@ -225,12 +232,12 @@ class PromptEncoder:
         )
         user = [*system, {"role": "user", "content": _SLOT}]
         answered = [*user, {"role": "assistant", "content": _SLOT}]
-        asked = self._tokenizer.apply_chat_template(
-            user, tokenize=False, add_generation_prompt=True
+        given = getattr(self._tokenizer, "chat_template", None)
+        render = functools.partial(
+            self._tokenizer.apply_chat_template, tokenize=False, chat_template=given or PLAIN
         )
-        whole = self._tokenizer.apply_chat_template(
-            answered, tokenize=False, add_generation_prompt=False
-        )
+        asked = render(user, add_generation_prompt=True)
+        whole = render(answered, add_generation_prompt=False)
         if asked.count(_SLOT) != 1 or whole.count(_SLOT) != 2:
             raise PromptError(
                 "the chat template must show the user's and the assistant's words once each and "
@@ -346,11 +353,6 @@ def _backend(tokenizer: ChatTokenizer) -> Any:
     if backend is None or not hasattr(backend, "encode_batch_fast"):
         raise PromptError(
             f"expected a fast tokenizer (tokenizer.json), found {type(tokenizer).__name__}"
-        )
-    if not getattr(tokenizer, "chat_template", None):
-        raise PromptError(
-            "the tokenizer has no chat template; take one of an instruct model, or set "
-            "tokenizer.chat_template"
         )
     backend = copy.deepcopy(backend)
     backend.no_padding()

@@ -7,12 +7,11 @@ from jax.sharding import Mesh
 
 from r1re_jax import sharding
 from r1re_jax.model.config import preset
-from r1re_jax.model.hf_config import config_from_hf
 from r1re_jax.model.qwen import Qwen, abstract_qwen
-from r1re_jax.policy import Policy, load_policy, load_tokenizer
-from r1re_jax.policy_source import WORDS, find, read_json
+from r1re_jax.policy import Policy, load_policy, policy_config
 from r1re_jax.task.prompts import PromptEncoder
 from r1re_jax.task.relations import Guide
+from r1re_jax.tokenizer import load_tokenizer
 from r1re_jax.train.settings import Settings
 from r1re_jax.train.state import (
     Layout,
@@ -53,12 +52,8 @@ def abstract_model(settings: Settings) -> Qwen:
         PolicyError: no such policy.
         ValueError: no such preset, or a config.json of another architecture.
     """
-    if settings.model.path:
-        folder = find(settings.model.path)
-        words = folder / WORDS if (folder / WORDS).is_dir() else folder
-        config = config_from_hf(read_json(words / "config.json"))
-    else:
-        config = preset(settings.model.preset)
+    path = settings.model.path
+    config = policy_config(path) if path else preset(settings.model.preset)
     return abstract_qwen(config, dtype=settings.model.dtype.value, remat=settings.model.remat)
 
 
@@ -80,6 +75,7 @@ def load_start(settings: Settings, *, mesh: Mesh, guide: Guide | None, fresh: bo
         policy = load_policy(
             settings.model.path,
             dtype=settings.model.dtype.value,
+            param_dtype="float32",
             remat=settings.model.remat,
             mesh=mesh,
         )

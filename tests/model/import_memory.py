@@ -1,6 +1,6 @@
 """Imports a folder onto the simulated devices and prints what memory that took; a process alone.
 
-python -m tests.model.import_memory FOLDER
+python -m tests.model.import_memory FOLDER DTYPE
 """
 
 import json
@@ -21,7 +21,7 @@ def anonymous_bytes() -> int:
     return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("RssAnon"))
 
 
-def main(folder: str) -> None:
+def main(folder: str, dtype: str) -> None:
     """Print one JSON object of byte counts."""
     mesh = sharding.make_mesh(data=1, fsdp=jax.device_count(), tensor=1)
     jax.block_until_ready(jax.numpy.ones(3) + 1)
@@ -35,7 +35,7 @@ def main(folder: str) -> None:
 
     watcher = threading.Thread(target=watch)
     watcher.start()
-    state = nnx.state(hf.load_hf(folder, mesh=mesh))
+    state = nnx.state(hf.load_hf(folder, param_dtype=dtype, mesh=mesh))
     jax.block_until_ready(state)
     done.set()
     watcher.join()
@@ -45,4 +45,4 @@ def main(folder: str) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1])
+    main(*sys.argv[1:])

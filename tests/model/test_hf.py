@@ -5,15 +5,17 @@ import re
 import shutil
 from pathlib import Path
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
 from safetensors.numpy import load_file, save_file
 
-from r1re_jax.model import hf as hf_module
+from r1re_jax.model import weights
 from r1re_jax.model.config import Family, ModelConfig
-from r1re_jax.model.hf import NAMES, HFError, load_hf, save_hf
+from r1re_jax.model.hf import INDEX, HFError, load_hf, save_hf
+from r1re_jax.model.names import NAMES
 from r1re_jax.model.qwen import Qwen, Remat, abstract_qwen
 from tests.drawn import drawn_model
 from tests.train.world import mesh_of
@@ -69,7 +71,7 @@ def test_the_table_names_every_parameter_once(family: str, lacks: str, tied: boo
     absent = {name for name in of_some if name.endswith(lacks)} | ({"head"} if tied else set())
     names = [name.ours for name in NAMES if name.ours not in absent]
     assert sorted(names) == sorted(".".join(map(str, path)) for path, _ in state)
-    assert len({name.theirs for name in NAMES}) == len(NAMES)
+    assert len({name.hf for name in NAMES}) == len({name.gguf for name in NAMES}) == len(NAMES)
 
 
 def test_float32_round_trip_is_exact(model: Qwen, folder: Path) -> None:
@@ -169,7 +171,13 @@ def test_no_weights(folder: Path) -> None:
 def test_damaged_weights(folder: Path) -> None:
     content = (folder / WEIGHTS).read_bytes()
     (folder / WEIGHTS).write_bytes(content[: len(content) // 2])
-    with pytest.raises(HFError, match="model.safetensors is damaged"):
+    with pytest.raises(HFError, match=r"model\.safetensors is damaged.*it ends before .*model\."):
+        load_hf(folder)
+    (folder / WEIGHTS).write_bytes(b"\x40" + content[1:])
+    with pytest.raises(HFError, match=r"model\.safetensors is damaged or no safetensors file"):
+        load_hf(folder)
+    (folder / WEIGHTS).write_bytes(b"")
+    with pytest.raises(HFError, match=r"model\.safetensors is damaged or no safetensors file"):
         load_hf(folder)
 
 
@@ -194,13 +202,43 @@ def test_every_device_reads_its_own_part_alone(
         read.append(real(*args))
         return read[-1]
 
-    real = hf_module._part
-    monkeypatch.setattr(hf_module, "_part", part)
+    real = weights._Reader.part
+    monkeypatch.setattr(weights._Reader, "part", part)
     loaded = load_hf(folder, mesh=mesh_of(*sizes))
     assert_equal(loaded, model)
     state = nnx.to_flat_state(nnx.state(loaded))
     parts = {leaf.get_value().addressable_shards[0].data.shape for _, leaf in state}
     assert {array.shape for array in read} == parts
+
+
+@pytest.mark.parametrize("sizes", [None, (1, 4, 2), (2, 1, 1)])
+def test_large_stacks_are_put_together_layer_by_layer(
+    model: Qwen, folder: Path, sizes: tuple[int, int, int] | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stacked = []
+
+    def by_layers(*args: object) -> jax.Array:
+        stacked.append(real(*args))
+        return stacked[-1]
+
+    real = weights._by_layers
+    monkeypatch.setattr(weights, "_by_layers", by_layers)
+    monkeypatch.setattr(weights, "SMALL", 0)
+    place = weights._place
+    monkeypatch.setattr(weights, "_place", lambda reader, where, _: place(reader, where, 0))
+    mesh = None if sizes is None else mesh_of(*sizes)
+    assert_equal(load_hf(folder, mesh=mesh), model)
+    devices = 1 if mesh is None else mesh.size
+    stacks = [name for name in leaves(model) if name.startswith("layers.")]
+    assert len(stacked) == devices * len(stacks)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_parameters_have_the_type_that_is_asked_for(model: Qwen, folder: Path, dtype: str) -> None:
+    loaded = leaves(load_hf(folder, param_dtype=dtype))
+    for name, array in leaves(model).items():
+        assert loaded[name].dtype == jnp.dtype(dtype)
+        np.testing.assert_array_equal(loaded[name], array.astype(jnp.dtype(dtype)), err_msg=name)
 
 
 def test_all_mismatches_are_named_at_once(folder: Path) -> None:
@@ -235,14 +273,50 @@ def test_tied_model_ignores_a_stored_head_and_old_buffers(folder: Path) -> None:
 def test_missing_shard(model: Qwen, tmp_path: Path) -> None:
     save_hf(model, tmp_path / "m", max_shard_bytes=1000)
     next((tmp_path / "m").glob("model-00002-*")).unlink()
-    with pytest.raises(HFError, match="lacks model-00002-of-.*download it again"):
+    with pytest.raises(
+        HFError, match="lacks model-00002-of-.*the first of them model.*download it again"
+    ):
         load_hf(tmp_path / "m")
+
+
+def test_swapped_shards_are_named_with_their_tensors(model: Qwen, tmp_path: Path) -> None:
+    folder = tmp_path / "m"
+    save_hf(model, folder, max_shard_bytes=1000)
+    first, second, *_ = sorted(folder.glob("*.safetensors"))
+    first.rename(folder / "other")
+    second.rename(first)
+    (folder / "other").rename(second)
+    held = sorted(load_file(first))
+    with pytest.raises(HFError) as error:
+        load_hf(folder)
+    message = str(error.value)
+    assert f"{first} is not the shard that {INDEX} describes" in message
+    assert "lacks model.embed_tokens.weight" in message
+    for name in held:
+        assert f"holds {name}, which {INDEX} has in {second.name}" in message
+
+
+def test_a_shard_of_another_model(model: Qwen, tmp_path: Path) -> None:
+    folder = tmp_path / "m"
+    save_hf(model, folder, max_shard_bytes=1000)
+    shard = sorted(folder.glob("*.safetensors"))[1]
+    save_file({"model.extra": np.zeros(3, np.float32)}, shard)
+    with pytest.raises(HFError, match=r"holds model\.extra, which \S+ lacks"):
+        load_hf(folder)
+
+
+@pytest.mark.parametrize("index", ["{}", '{"weight_map": []}', '{"weight_map": {"a": 3}}'])
+def test_an_index_without_names(folder: Path, index: str) -> None:
+    (folder / WEIGHTS).unlink()
+    (folder / INDEX).write_text(index)
+    with pytest.raises(HFError, match="has no weight_map of tensor names"):
+        load_hf(folder)
 
 
 def test_index_may_not_point_outside(folder: Path) -> None:
     (folder / WEIGHTS).rename(folder.parent / WEIGHTS)
     index = {"weight_map": {"model.norm.weight": f"../{WEIGHTS}"}}
-    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    (folder / INDEX).write_text(json.dumps(index))
     with pytest.raises(HFError, match="points outside its folder"):
         load_hf(folder)
 

@@ -3,8 +3,10 @@
 import json
 import os
 import pathlib
+import shutil
 import subprocess
 import sys
+from collections.abc import Generator
 
 import jax.numpy as jnp
 import numpy as np
@@ -14,6 +16,7 @@ from safetensors.numpy import save_file
 
 from r1re_jax.model import hf
 from r1re_jax.model.config import PRESETS, ModelConfig
+from r1re_jax.model.names import BY_OURS, Form
 from r1re_jax.model.qwen import abstract_qwen
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
@@ -27,7 +30,7 @@ def write_checkpoint(folder: pathlib.Path, config: ModelConfig) -> None:
     shapes = {
         theirs: shape
         for path, variable in state
-        for theirs, shape in hf._theirs(hf._name(path), variable.shape)
+        for theirs, shape in BY_OURS[".".join(map(str, path))].tensors(Form.HF, variable.shape)
     }
     numbers = np.random.default_rng(0).normal(scale=0.02, size=4099).astype(jnp.bfloat16)
     names, files = list(shapes), {}
@@ -40,27 +43,34 @@ def write_checkpoint(folder: pathlib.Path, config: ModelConfig) -> None:
     (folder / "config.json").write_text(json.dumps(hf.hf_config(config, dtype="bfloat16")))
 
 
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Generator[pathlib.Path]:
+    """Yield the checkpoint's folder, and remove it after: 3 GB are not to be kept."""
+    folder = tmp_path_factory.mktemp("large")
+    write_checkpoint(folder, CONFIG)
+    yield folder
+    shutil.rmtree(folder)
+
+
 @pytest.mark.slow
-def test_import_needs_the_shards_and_two_tensors(tmp_path: pathlib.Path) -> None:
-    write_checkpoint(tmp_path, CONFIG)
-    try:
-        process = subprocess.run(
-            [sys.executable, "-m", "tests.model.import_memory", str(tmp_path)],
-            cwd=ROOT,
-            env={**os.environ, "XLA_FLAGS": "--xla_force_host_platform_device_count=8"},
-            capture_output=True,
-            text=True,
-            check=True,
-        )
-    finally:
-        # 3 GB: not to be kept with pytest's other folders.
-        for path in tmp_path.glob("*.safetensors"):
-            path.unlink()
+@pytest.mark.parametrize(("devices", "dtype"), [(8, "float32"), (8, "bfloat16"), (1, "bfloat16")])
+def test_import_needs_the_shards_and_two_tensors(
+    checkpoint: pathlib.Path, devices: int, dtype: str
+) -> None:
+    process = subprocess.run(
+        [sys.executable, "-m", "tests.model.import_memory", str(checkpoint), dtype],
+        cwd=ROOT,
+        env={**os.environ, "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}"},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
     found = json.loads(process.stdout.splitlines()[-1])
-    assert found["devices"] == 8
+    assert found["devices"] == devices
     parameters = sum(
         np.prod(leaf.shape) for _, leaf in nnx.to_flat_state(nnx.state(abstract_qwen(CONFIG)))
     )
-    assert parameters > 1.5e9 and found["held"] >= 4 * parameters, "float32, some replicated"
-    largest = 4 * CONFIG.vocab * CONFIG.width
+    size = jnp.dtype(dtype).itemsize
+    assert parameters > 1.5e9 and found["held"] >= size * parameters, "some are replicated"
+    largest = size * CONFIG.vocab * CONFIG.width
     assert found["rise"] <= found["held"] + 2 * largest

@@ -10,8 +10,9 @@ import pytest
 from flax import nnx
 
 from r1re_jax.model.config import Family, ModelConfig, RopeScaling
-from r1re_jax.model.hf import NAMES, hf_config, load_hf, save_hf
-from r1re_jax.model.hf_config import ARCHITECTURES
+from r1re_jax.model.hf import load_hf, save_hf
+from r1re_jax.model.hf_config import ARCHITECTURES, hf_config
+from r1re_jax.model.names import NAMES, Form
 from r1re_jax.model.qwen import Cache, Qwen
 from tests.drawn import drawn_model, small_config
 
@@ -172,13 +173,13 @@ def named_gradients(network: "torch.nn.Module") -> dict[str, np.ndarray]:
     theirs = {name: parameter.grad.numpy() for name, parameter in network.named_parameters()}
     result = {}
     for name in NAMES:
-        if name.theirs.format(0) not in theirs:
+        if name.theirs(Form.HF) not in theirs:
             continue  # not of this family
-        if "{}" in name.theirs:
+        if name.stacked:
             count = network.config.num_hidden_layers
-            result[name.ours] = np.stack([theirs[name.theirs.format(i)] for i in range(count)])
+            result[name.ours] = np.stack([theirs[name.theirs(Form.HF, i)] for i in range(count)])
         else:
-            result[name.ours] = theirs[name.theirs]
+            result[name.ours] = theirs[name.theirs(Form.HF)]
         if name.transposed:
             result[name.ours] = np.swapaxes(result[name.ours], -1, -2)
     return result

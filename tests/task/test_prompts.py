@@ -235,8 +235,6 @@ def test_special_tokens_that_take_white_space_are_refused() -> None:
 def test_tokenizers_of_other_kinds_are_refused(small: Any) -> None:
     with pytest.raises(PromptError, match="expected a fast tokenizer"):
         PromptEncoder(object())
-    with pytest.raises(PromptError, match="no chat template"):
-        PromptEncoder(_tokenizer(template=""))
     with pytest.raises(PromptError, match="words once each"):
         PromptEncoder(_tokenizer(template="<|im_start|>{{ messages[0]['role'] }}<|im_end|>"))
 
@@ -253,6 +251,16 @@ def test_templates_without_system_or_special_tokens_are_taken(small: Any) -> Non
     encoder.check(GUIDE, [CAT])
     assert plain.decode(encoder.prompt_tokens(GUIDE, CAT)).endswith(f": {CAT.tagged}\n")
     assert encoder.stop_ids == (plain.eos_token_id,)
+
+
+def test_a_base_model_without_chat_template_is_asked_in_plain_words() -> None:
+    base = _tokenizer(template="", eos_token="<|endoftext|>", bos_token="<|im_start|>")
+    encoder = PromptEncoder(base, template=PromptTemplate(system="Be brief.", instruction="Read."))
+    encoder.check(GUIDE, [CAT])
+    text = base.decode(encoder.prompt_tokens(GUIDE, CAT))
+    assert text.startswith("<|im_start|>Be brief.\n\nRead.\n\n# T")
+    assert text.endswith(f"Sentence: {CAT.tagged}\n\n")
+    assert encoder.stop_ids == (base.eos_token_id,)
 
 
 def test_a_tokenizer_with_padding_and_truncation_is_used_without() -> None:

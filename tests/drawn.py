@@ -5,6 +5,7 @@ import numpy as np
 from flax import nnx
 
 from r1re_jax.model.config import ModelConfig
+from r1re_jax.model.names import NAMES, Form
 from r1re_jax.model.qwen import Qwen, Remat, abstract_qwen
 
 
@@ -32,3 +33,16 @@ def drawn_model(
             array *= variable.shape[-2] ** -0.5
         filled.append((path, variable.replace(jnp.asarray(array))))
     return nnx.merge(graph, nnx.from_flat_state(filled))
+
+
+def drawn_tensors(config: ModelConfig, *, seed: int = 0) -> dict[str, np.ndarray]:
+    """Return the tensors of a drawn model as Hugging Face names and turns them."""
+    found = {}
+    flat = dict(nnx.to_flat_state(nnx.state(drawn_model(config, seed=seed))))
+    for name in NAMES:
+        if (path := tuple(name.ours.split("."))) not in flat:
+            continue
+        value = np.asarray(flat[path].get_value())
+        for i, layer in enumerate(value if name.stacked else value[None]):
+            found[name.theirs(Form.HF, i)] = layer.T if name.transposed else layer
+    return found

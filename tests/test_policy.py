@@ -13,15 +13,24 @@ from flax import nnx
 
 import r1re_jax
 from r1re_jax import policy_source, sharding
-from r1re_jax.model.config import ModelConfig
-from r1re_jax.model.hf import HFError
+from r1re_jax.model.config import Family, ModelConfig
+from r1re_jax.model.hf import HFError, save_hf
 from r1re_jax.model.weights import WeightsError
-from r1re_jax.policy import Limits, Policy, load_policy, save_policy, save_words
+from r1re_jax.policy import (
+    Limits,
+    Policy,
+    load_policy,
+    policy_config,
+    save_policy,
+    save_words,
+)
 from r1re_jax.policy_source import PolicyError
 from r1re_jax.rollout.rollout import Rollout
 from r1re_jax.task.prompts import PromptEncoder, PromptTemplate
+from tests.drawn import drawn_tensors
+from tests.gguf_files import write_gguf
 from tests.oracles import flat_qwen
-from tests.tiny import tiny_guide, tiny_model, tiny_policy, tiny_tokenizer
+from tests.tiny import tiny_config, tiny_guide, tiny_model, tiny_policy, tiny_tokenizer
 
 PROMPTS = [
     "<|im_start|>user\nAnn likes tea<|im_end|>\n<|im_start|>assistant\n",
@@ -275,6 +284,74 @@ def test_places_without_a_policy_say_what_was_looked_for(tmp_path: pathlib.Path)
     (tmp_path / "policy").mkdir()
     with pytest.raises(PolicyError, match="has no checkpoint yet"):
         load_policy(tmp_path)
+
+
+@pytest.fixture(scope="module")
+def gguf(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
+    """Return a GGUF file of random weights, without any tokenizer."""
+    config = tiny_config(family=Family.LLAMA, tied=True)
+    path = tmp_path_factory.mktemp("gguf") / "m.gguf"
+    return write_gguf(path, config, drawn_tensors(config)).path
+
+
+def test_a_model_without_tokenizer_gives_logits_and_says_what_it_lacks(
+    gguf: pathlib.Path, folder: pathlib.Path, tmp_path: pathlib.Path
+) -> None:
+    copy = shutil.copytree(folder, tmp_path / "copy")
+    (copy / "r1re.json").unlink()
+    (copy / "tokenizer.json").unlink()
+    rows = [[1, 2, 3], [4]]
+    for source, lacks in (
+        (gguf, "m.gguf has a tokenizer of model None"),
+        (copy, "no tokenizer.json"),
+    ):
+        policy = load_policy(source)
+        assert [row.shape for row in policy.logits(rows)] == [
+            (3, policy.config.vocab),
+            (1, policy.config.vocab),
+        ]
+        assert policy.tokenizer is None
+        for ask in (lambda p: p.generate(["tea"]), lambda p: p.encoder.stop_ids):
+            with pytest.raises(PolicyError, match=f"this policy has no words: .*{lacks}"):
+                ask(policy)
+    for here, there in zip(
+        load_policy(copy).logits(rows), load_policy(folder).logits(rows), strict=True
+    ):
+        np.testing.assert_array_equal(here, there)
+
+
+def test_a_tokenizer_that_is_too_large_is_left_aside(
+    folder: pathlib.Path, tmp_path: pathlib.Path
+) -> None:
+    save_hf(tiny_model(vocab=64), tmp_path / "m")
+    for file in folder.glob("tokenizer*"):
+        shutil.copy(file, tmp_path / "m")
+    policy = load_policy(tmp_path / "m")
+    assert policy.logits([[1]])[0].shape == (1, 64)
+    with pytest.raises(
+        PolicyError, match="no words: the tokenizer has 300 tokens and the model 64"
+    ):
+        policy.generate(["tea"])
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_parameters_have_the_type_of_the_forward(
+    folder: pathlib.Path, gguf: pathlib.Path, dtype: str
+) -> None:
+    for source in (folder, gguf):
+        state = nnx.state(load_policy(source, dtype=dtype).model)
+        assert {leaf.dtype.name for leaf in jax.tree.leaves(state)} == {dtype}
+        masters = nnx.state(load_policy(source, dtype=dtype, param_dtype="float32").model)
+        assert {leaf.dtype.name for leaf in jax.tree.leaves(masters)} == {"float32"}
+
+
+def test_a_policys_shape_is_read_without_its_weights(
+    folder: pathlib.Path, gguf: pathlib.Path, tmp_path: pathlib.Path
+) -> None:
+    for source in (folder, gguf):
+        assert policy_config(source) == load_policy(source).config
+    with pytest.raises(PolicyError, match="expected config.json and safetensors"):
+        policy_config(tmp_path)
 
 
 def test_a_hub_name_is_asked_for(

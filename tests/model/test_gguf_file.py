@@ -15,7 +15,7 @@ from r1re_jax.model.gguf_file import KINDS, gguf_config, load_gguf, open_gguf
 from r1re_jax.model.names import NAMES, Form
 from r1re_jax.model.qwen import abstract_qwen
 from r1re_jax.model.weights import WeightsError
-from tests.drawn import drawn_model
+from tests.drawn import drawn_model, drawn_tensors
 from tests.gguf_files import gguf_names, write_gguf
 from tests.train.world import mesh_of
 
@@ -32,24 +32,11 @@ CONFIG = ModelConfig(
 )
 
 
-def drawn_tensors(config: ModelConfig = CONFIG) -> dict[str, np.ndarray]:
-    """Return the tensors of a drawn model by Hugging Face's names."""
-    found = {}
-    flat = dict(nnx.to_flat_state(nnx.state(drawn_model(config))))
-    for name in NAMES:
-        if (path := tuple(name.ours.split("."))) not in flat:
-            continue
-        value = np.asarray(flat[path].get_value())
-        for i, layer in enumerate(value if name.stacked else value[None]):
-            found[name.theirs(Form.HF, i)] = layer.T if name.transposed else layer
-    return found
-
-
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory: pytest.TempPathFactory) -> bytes:
     """Return a sound file's bytes."""
     path = tmp_path_factory.mktemp("gguf") / "m.gguf"
-    return write_gguf(path, CONFIG, drawn_tensors(), kind=Kind.Q8_0).path.read_bytes()
+    return write_gguf(path, CONFIG, drawn_tensors(CONFIG), kind=Kind.Q8_0).path.read_bytes()
 
 
 @pytest.fixture
@@ -73,7 +60,7 @@ def test_the_table_has_the_names_of_the_gguf_package(family: Family) -> None:
 
 
 def test_float32_is_read_as_it_is(tmp_path: Path) -> None:
-    written = write_gguf(tmp_path / "m.gguf", CONFIG, drawn_tensors(), kind=Kind.F32)
+    written = write_gguf(tmp_path / "m.gguf", CONFIG, drawn_tensors(CONFIG), kind=Kind.F32)
     loaded = nnx.to_flat_state(nnx.state(load_gguf(open_gguf(written.path))))
     drawn = dict(nnx.to_flat_state(nnx.state(drawn_model(CONFIG))))
     for name, ours in loaded:
@@ -138,7 +125,7 @@ def test_unknown_quantisations_are_refused_by_tensor(path: Path, code: int, call
 
 
 def test_numbers_that_are_not_finite_are_refused_by_name(tmp_path: Path) -> None:
-    tensors = drawn_tensors()
+    tensors = drawn_tensors(CONFIG)
     damaged = tensors["model.layers.1.mlp.down_proj.weight"].copy()
     damaged[3, 2] = np.nan
     tensors["model.layers.1.mlp.down_proj.weight"] = damaged
@@ -148,7 +135,7 @@ def test_numbers_that_are_not_finite_are_refused_by_name(tmp_path: Path) -> None
 
 
 def test_all_tensors_that_do_not_fit_are_named_at_once(tmp_path: Path) -> None:
-    tensors = drawn_tensors()
+    tensors = drawn_tensors(CONFIG)
     del tensors["model.layers.0.mlp.up_proj.weight"]
     tensors["model.norm.weight"] = np.ones(31, np.float32)
     extra = {"blk.0.attn_q.bias": np.ones(32, np.float32)}
@@ -203,6 +190,6 @@ def test_what_the_metadata_leaves_out_has_llama_cpps_defaults(path: Path) -> Non
 
 def test_other_factors_than_llama31s_are_refused(tmp_path: Path) -> None:
     extra = {"rope_freqs.weight": np.array([1, 1, 2, 3], np.float32)}
-    path = write_gguf(tmp_path / "m.gguf", CONFIG, drawn_tensors(), extra=extra).path
+    path = write_gguf(tmp_path / "m.gguf", CONFIG, drawn_tensors(CONFIG), extra=extra).path
     with pytest.raises(WeightsError, match=r"rope_freqs\.weight holds .*expected the 4 factors"):
         gguf_config(open_gguf(path))

@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+import gguf
 import numpy as np
 import pytest
 from gguf import GGMLQuantizationType as Kind
@@ -10,7 +11,9 @@ from r1re_jax.model.config import Family, ModelConfig, RopeScaling
 from r1re_jax.model.gguf_file import gguf_config, load_gguf, open_gguf
 from r1re_jax.model.hf_config import hf_config
 from r1re_jax.model.qwen import Qwen
-from tests.gguf_files import write_gguf
+from r1re_jax.policy import load_policy
+from r1re_jax.tokenizer import gguf_tokenizer
+from tests.gguf_files import gguf_names, parted, write_gguf
 from tests.parity.test_transformers import logits, random_network, torch_logits
 
 torch = pytest.importorskip("torch")
@@ -28,6 +31,7 @@ CONFIGS = {
         **SHAPE, family=Family.LLAMA, rope_theta=5e5, rope_scaling=LLAMA31, max_position=131072
     ),
 }
+PROSE = Path(__file__, "../../../docs/architecture.md").resolve().read_text("utf-8")
 POSITIONS, PROMPT, TEXT = 520, 20, 64
 
 
@@ -146,3 +150,50 @@ def test_a_head_of_its_own_is_kept(tmp_path: Path) -> None:
     file = open_gguf(written.path)
     assert not gguf_config(file).tied
     assert_same(load_gguf(file), filled_network(config, written.tensors))
+
+
+def test_smollm2(smollm2: Path) -> None:
+    """The real policy: 272 tensors by hand, logits of 640 positions, 64 greedy tokens."""
+    reader = gguf.GGUFReader(smollm2)
+    file = open_gguf(smollm2)
+    config = gguf_config(file)
+    theirs = {there: here for here, there in gguf_names(config).items()}
+    tensors = {}
+    for tensor in reader.tensors:
+        name = theirs[tensor.name]
+        rows = gguf.dequantize(tensor.data, tensor.tensor_type)
+        heads = {"q_proj": 9, "k_proj": 3}.get(name.split(".")[-2])
+        tensors[name] = parted(rows, heads) if heads else rows
+    assert len(tensors) == 272
+    network = filled_network(config, tensors)
+    model = load_gguf(file)
+    words = gguf_tokenizer(file.metadata, source=smollm2.name)
+    row = np.array([words(PROSE)["input_ids"][:640]], np.int32)
+    assert row.size == 640
+    ours = np.asarray(logits(model, row))
+    assert np.abs(ours - torch_logits(network, row)).max() <= 2e-4 * np.ptp(ours)
+    with torch.no_grad():
+        for side in ("left", "right"):
+            places = np.arange(640, 768) if side == "right" else np.arange(128)
+            padded = np.insert(row[0], 640 if side == "right" else 0, np.zeros(128, np.int32))
+            mask = ~np.isin(np.arange(768), places)
+            found = network(
+                torch.tensor(padded[None], dtype=torch.long),
+                attention_mask=torch.tensor(mask[None]),
+            ).logits.numpy()[:, mask]
+            assert np.abs(ours - found).max() <= 2e-4 * np.ptp(ours)
+
+    policy = load_policy(smollm2)
+    asked = "<|im_start|>user\nName three colours.<|im_end|>\n<|im_start|>assistant\n"
+    ((text,),) = policy.generate([asked], max_tokens=64, temperature=0)
+    prompt = torch.tensor([words(asked)["input_ids"]], dtype=torch.long)
+    drawn = network.generate(
+        prompt,
+        attention_mask=torch.ones_like(prompt),
+        do_sample=False,
+        max_new_tokens=64,
+        eos_token_id=list(policy.encoder.stop_ids),
+        pad_token_id=2,
+    )
+    kept = [id for id in drawn[0, prompt.shape[1] :].tolist() if id not in policy.encoder.stop_ids]
+    assert words.decode(kept) == text and len(kept) > 10

@@ -4,6 +4,7 @@ Independent of `r1re_jax.model.gguf_file`: the layout is undone here by loops ov
 """
 
 import dataclasses
+import json
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -82,6 +83,34 @@ def parted(rows: np.ndarray, heads: int) -> np.ndarray:
     return out
 
 
+def as_metadata(
+    folder: Path, pre: str, *, eos: str, pad: str, chat_template: str
+) -> dict[str, object]:
+    """Return a tokenizer.json as llama.cpp's converter writes it: tokens, types, merges, ids."""
+    content = json.loads((folder / "tokenizer.json").read_text("utf-8"))
+    ids = dict(content["model"]["vocab"])
+    types = dict.fromkeys(ids, 1)
+    for token in content["added_tokens"]:
+        ids[token["content"]] = token["id"]
+        types[token["content"]] = 3 if token["special"] else 4
+    tokens = [f"[PAD{i}]" for i in range(max(ids.values()) + 1)]
+    kinds = [5] * len(tokens)
+    for text, id in ids.items():
+        tokens[id], kinds[id] = text, types[text]
+    merges = content["model"]["merges"]
+    return {
+        "tokenizer.ggml.model": "gpt2",
+        "tokenizer.ggml.pre": pre,
+        "tokenizer.ggml.tokens": tokens,
+        "tokenizer.ggml.token_type": kinds,
+        "tokenizer.ggml.merges": [p if isinstance(p, str) else " ".join(p) for p in merges],
+        "tokenizer.ggml.eos_token_id": ids[eos],
+        "tokenizer.ggml.padding_token_id": ids[pad],
+        "tokenizer.ggml.add_bos_token": False,
+        "tokenizer.chat_template": chat_template,
+    }
+
+
 def write_gguf(
     path: Path,
     config: ModelConfig,
@@ -90,6 +119,7 @@ def write_gguf(
     kind: Kind = Kind.F32,
     kinds: Mapping[str, Kind] | None = None,
     extra: Mapping[str, np.ndarray] | None = None,
+    words: Mapping[str, object] | None = None,
 ) -> Written:
     """Write float32 tensors, by Hugging Face's names, matrices in the given quantisations.
 
@@ -100,6 +130,7 @@ def write_gguf(
         kind: of every matrix.
         kinds: of some matrices, by name.
         extra: float32 tensors by GGUF's names.
+        words: metadata of the tokenizer.
     """
     names, kinds = gguf_names(config), kinds or {}
     writer = gguf.GGUFWriter(str(path), config.family.value)
@@ -112,6 +143,9 @@ def write_gguf(
     writer.add_key_length(config.head_size)
     writer.add_rope_freq_base(config.rope_theta)
     writer.add_layer_norm_rms_eps(config.norm_eps)
+    for key, value in (words or {}).items():
+        add = {str: writer.add_string, bool: writer.add_bool, int: writer.add_uint32}
+        add.get(type(value), writer.add_array)(key, value)
     held = {}
     for number, (name, tensor) in enumerate(sorted(tensors.items())):
         part = name.split(".")[-2]

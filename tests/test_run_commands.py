@@ -11,8 +11,11 @@ from collections.abc import Callable, Iterator
 import pytest
 from absl import flags
 
+from r1re_jax.model.config import Family
 from r1re_jax.policy import save_policy
 from r1re_jax.task.readers import write_jsonl
+from tests.drawn import drawn_tensors
+from tests.gguf_files import as_metadata, write_gguf
 from tests.tiny import GUIDE, tiny_examples, tiny_policy
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
@@ -56,6 +59,28 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
     return folder
 
 
+@pytest.fixture(scope="module", params=["folder", "gguf", "base"])
+def foreign(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A policy that was not exported here: no r1re.json, and where not a base model a template."""
+    policy = tiny_policy(family=Family.LLAMA, tied=True, max_position=1024)
+    folder = tmp_path_factory.mktemp("foreign") / "tiny"
+    save_policy(policy, folder)
+    (folder / "r1re.json").unlink()
+    template = policy.tokenizer.chat_template
+    if request.param == "gguf":
+        words = as_metadata(
+            folder, "gpt-2", eos="<|im_end|>", pad="<|endoftext|>", chat_template=template
+        )
+        file = folder.with_suffix(".gguf")
+        return str(write_gguf(file, policy.config, drawn_tensors(policy.config), words=words).path)
+    if request.param == "base":
+        settings = json.loads((folder / "tokenizer_config.json").read_text())
+        settings.pop("chat_template", None)
+        (folder / "tokenizer_config.json").write_text(json.dumps(settings))
+        (folder / "chat_template.jinja").unlink(missing_ok=True)
+    return str(folder)
+
+
 @pytest.fixture
 def inputs(tmp_path: pathlib.Path) -> list[str]:
     """--data and --guide of five examples."""
@@ -85,6 +110,23 @@ def test_evaluate_writes_figures_and_prints_them(
     assert "[evaluate" in printed.err  # progress
     with pytest.raises(SystemExit, match=r"run\.evaluate: .*samples is 2 there and 1 here"):
         command("evaluate", *args, "--batch=2", "--limit=3")
+
+
+def test_policies_from_elsewhere_are_evaluated_and_extract(
+    command: Command,
+    foreign: str,
+    inputs: list[str],
+    tmp_path: pathlib.Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    out = tmp_path / "out"
+    command("evaluate", f"--model={foreign}", *inputs, f"--out={out}", *LIMITS, "--samples=2")
+    assert json.loads((out / "metrics.json").read_text())["model"] == foreign
+    assert len((out / "predictions.jsonl").read_text().splitlines()) == 5
+    capsys.readouterr()
+    command("extract", f"--model={foreign}", inputs[1], *LIMITS, TAGGED)
+    row = json.loads(capsys.readouterr().out)
+    assert sorted(row) == ["label", "problem", "reasoning", "text"]
 
 
 def test_evaluate_refuses_bad_input_before_it_loads_the_model(

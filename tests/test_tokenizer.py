@@ -13,6 +13,7 @@ from r1re_jax.policy_source import PolicyError
 from r1re_jax.task.readers import read_jsonl
 from r1re_jax.task.relations import load_guide
 from r1re_jax.tokenizer import PRE_TOKENIZERS, gguf_tokenizer, load_tokenizer
+from tests.gguf_files import as_metadata
 from tests.tiny import tiny_tokenizer
 
 TEXTS = (
@@ -25,41 +26,21 @@ TEXTS = (
 )
 
 
-def as_metadata(folder: Path, pre: str) -> dict[str, Any]:
-    """Return a tokenizer.json as GGUF's converter writes it: tokens, types, merges, ids."""
-    content = json.loads((folder / "tokenizer.json").read_text("utf-8"))
-    config = json.loads((folder / "tokenizer_config.json").read_text("utf-8"))
-    ids = dict(content["model"]["vocab"])
-    types = dict.fromkeys(ids, 1)
-    for token in content["added_tokens"]:
-        ids[token["content"]] = token["id"]
-        types[token["content"]] = 3 if token["special"] else 4
-    tokens = [f"[PAD{i}]" for i in range(max(ids.values()) + 10)]
-    kinds = [5] * len(tokens)
-    for text, id in ids.items():
-        tokens[id], kinds[id] = text, types[text]
-    merges = [
-        pair if isinstance(pair, str) else " ".join(pair) for pair in content["model"]["merges"]
-    ]
-    return {
-        "tokenizer.ggml.model": "gpt2",
-        "tokenizer.ggml.pre": pre,
-        "tokenizer.ggml.tokens": tokens,
-        "tokenizer.ggml.token_type": kinds,
-        "tokenizer.ggml.merges": merges,
-        "tokenizer.ggml.eos_token_id": ids[config["eos_token"]],
-        "tokenizer.ggml.padding_token_id": ids[config["pad_token"]],
-        "tokenizer.ggml.add_bos_token": False,
-        "tokenizer.chat_template": config["chat_template"],
-    }
-
-
 @pytest.fixture(scope="module")
 def pair(shared: Path) -> tuple[Any, Any]:
     """Return the real Qwen2.5 tokenizer, and the one made of its metadata."""
     folder = shared / "tokenizers" / "qwen2_5"
-    made = gguf_tokenizer(as_metadata(folder, "qwen2"), source="q.gguf")
-    return AutoTokenizer.from_pretrained(folder), made
+    theirs = AutoTokenizer.from_pretrained(folder)
+    metadata = as_metadata(
+        folder,
+        "qwen2",
+        eos="<|im_end|>",
+        pad="<|endoftext|>",
+        chat_template=theirs.chat_template,
+    )
+    metadata["tokenizer.ggml.tokens"] += ["[PAD]", "[PAD]"]  # up to the rows of the embedding
+    metadata["tokenizer.ggml.token_type"] += [5, 5]
+    return theirs, gguf_tokenizer(metadata, source="q.gguf")
 
 
 def assert_same(pair: tuple[Any, Any], text: str) -> None:

@@ -135,7 +135,12 @@ def check_prompts(
             )
     if data.guide is not None and settings.sft.steps:
         pad_level(
-            [encoder.completion_tokens(sft_completion(example)) for example in data.examples],
+            [
+                encoder.completion_tokens(
+                    sft_completion(example, between_words=settings.sft.between_words)
+                )
+                for example in data.examples
+            ],
             limit=limits.completion,
             pad_id=encoder.pad_id,
             name="completion",

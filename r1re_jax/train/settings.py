@@ -13,6 +13,7 @@ from r1re_jax.model.qwen import Remat
 from r1re_jax.policy import Limits
 from r1re_jax.rl.kinds import AdvantageKind, KlKind, LossKind
 from r1re_jax.rl.objective import LossSettings
+from r1re_jax.task.prompts import BETWEEN_WORDS
 from r1re_jax.train.data_settings import DataSettings, at_least
 from r1re_jax.train.optimizer import OptimizerSettings
 
@@ -96,6 +97,8 @@ class SFTSettings:
             does not depend on it.
         cycle: lessons repeat after this many steps; 0 for never. For where few examples come with
             a completion to learn: cycle · trees · questions of them are used, again and again.
+        between_words: where an example comes without reasoning, a thought is made that quotes at
+            most so many of the words between its mentions.
         optimizer: see `OptimizerSettings`.
     """
 
@@ -104,12 +107,13 @@ class SFTSettings:
     questions: int = 16
     micro_batch: int = 0
     cycle: int = 0
+    between_words: int = BETWEEN_WORDS
     optimizer: OptimizerSettings = flat(OptimizerSettings(learning_rate=5e-6))
 
     def __post_init__(self) -> None:
         """Refuse sizes that do not fit."""
         at_least(self, 0, "steps", "micro_batch", "cycle")
-        at_least(self, 1, "trees", "questions")
+        at_least(self, 1, "trees", "questions", "between_words")
         _check_batch(self.trees, self.questions, self.micro_batch)
         object.__setattr__(self, "optimizer", self.optimizer.resolved(self.steps))
 

@@ -73,7 +73,9 @@ class SFT:
         began = time.perf_counter()
         cycle = self.settings.cycle or number
         lessons = self.source.lessons((number - 1) % cycle)
-        tree = sft_tree(lessons, self.encoder, self.limits)
+        tree = sft_tree(
+            lessons, self.encoder, self.limits, between_words=self.settings.between_words
+        )
         gradient = compute_gradient(
             self.programs, state.params, self._blocks(tree), tick=lambda: tick("update")
         )
@@ -139,12 +141,17 @@ def sft_loss(model: Qwen, block: SFTBlock) -> tuple[jax.Array, dict[str, jax.Arr
     return -block.weight * jnp.sum(scores.logp_NPGC), sums
 
 
-def sft_tree(lessons: Sequence[Lesson], encoder: PromptEncoder, limits: Limits) -> Tree:
+def sft_tree(
+    lessons: Sequence[Lesson], encoder: PromptEncoder, limits: Limits, *, between_words: int
+) -> Tree:
     """Encode lessons with the completions to learn, one for each question: G = 1.
 
     Raises:
         LimitError: something is too long; the message counts and names.
     """
-    texts = [[sft_completion(example) for example in lesson.examples] for lesson in lessons]
+    texts = [
+        [sft_completion(example, between_words=between_words) for example in lesson.examples]
+        for lesson in lessons
+    ]
     completion = completion_level(texts, encoder, limits, names=example_names(lessons))
     return Tree(*prompt_levels(lessons, encoder, limits), completion)

@@ -310,6 +310,8 @@ def test_plain_reasoning_is_short() -> None:
     )
     long = parse_tagged(f"<e1>a</e1>{' w' * 40} <e2>b</e2>", label="R(e2,e1)")
     assert plain_reasoning(long) == f"Cue:{' w' * 12} ...\n- **R**"
+    assert plain_reasoning(long, between_words=2) == "Cue: w w ...\n- **R**"
+    assert "Cue: w w ...\n" in sft_completion(long, between_words=2)
 
 
 @given(st.text(min_size=1), st.text())

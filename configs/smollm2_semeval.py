@@ -1,0 +1,55 @@
+"""A real pretrained policy on real input: SmolLM2-135M-Instruct on SemEval-2010 Task 8, on the CPU.
+
+command:   python -m run.fetch smollm2-135m
+           R1RE_DATA=FOLDER python -m run.train --config=configs/smollm2_semeval.py --workdir=W
+data:      FOLDER/semeval2010/{train,test}.jsonl, or the official TXT files, as in semeval_nano.py
+hardware:  2 CPU cores, 12 GiB of memory
+"""
+
+from ml_collections import ConfigDict
+
+
+def get_config() -> ConfigDict:
+    """Return the recipe."""
+    guide = "packaged:semeval2010_short"
+    return ConfigDict(
+        dict(
+            seed=0,
+            model=dict(path="smollm2-135m", dtype="float32", remat="none"),
+            limits=dict(guide=488, question=144, completion=64),
+            data=dict(
+                train=dict(kind="jsonl", path="semeval2010/train.jsonl", guide=guide),
+                eval=dict(
+                    test=dict(
+                        kind="jsonl",
+                        path="semeval2010/test.jsonl",
+                        guide=guide,
+                        protocol="official, first 100 sentences",
+                        limit=100,
+                    )
+                ),
+            ),
+            sft=dict(
+                steps=60,
+                questions=8,
+                between_words=8,
+                learning_rate=1e-4,
+                warmup=5,
+                schedule="constant",
+            ),
+            grpo=dict(
+                steps=60,
+                questions=4,
+                group=8,
+                learning_rate=1e-5,
+                warmup=5,
+                schedule="constant",
+                kl_coefficient=0.001,
+                score_chunk=16,
+                chunk=16,
+            ),
+            evaluate=dict(every=0, samples=4, batch=25, at_start=False, greedy=True),
+            checkpoint=dict(every=10, keep=1, best=""),
+            log=dict(every=1, completions=1),
+        )
+    )

@@ -3,13 +3,9 @@
 Nothing is dropped or repaired: what breaks the data contract is refused by file and line.
 """
 
-import contextlib
-import gzip
 import hashlib
-import json
 import os
 import re
-import zlib
 from collections.abc import Iterable, Iterator
 from importlib import resources
 from pathlib import Path
@@ -23,6 +19,15 @@ from r1re_jax.task.relations import (
     Schema,
     parse_guide,
     parse_tagged,
+)
+from r1re_jax.task.rows import (
+    collect,
+    decode_object,
+    kind_of,
+    located,
+    numbered_lines,
+    value,
+    write_rows,
 )
 
 DATA_VARIABLE = "R1RE_DATA"
@@ -95,22 +100,17 @@ def read_jsonl(
     """
 
     def rows() -> Iterator[tuple[int, Example]]:
-        for number, line in _lines(resolve_data(path)):
-            with _located(path, number):
+        for number, line in numbered_lines(resolve_data(path)):
+            with located(path, number):
                 example = _parse_row(line, schema=schema, dataset=dataset)
             yield number, example
 
-    return _collect(rows(), source=path)
+    return collect(rows(), source=path)
 
 
 def write_jsonl(path: str | os.PathLike[str], examples: Iterable[Example]) -> None:
     """Writes examples so that `read_jsonl` gives them back; equal examples give equal bytes."""
-    path = Path(path)
-    lines = (json.dumps(_row(example), ensure_ascii=False) + "\n" for example in examples)
-    data = "".join(lines).encode()
-    unfinished = path.with_name(path.name + ".part")
-    unfinished.write_bytes(gzip.compress(data, mtime=0) if path.suffix == ".gz" else data)
-    unfinished.replace(path)
+    write_rows(path, map(_row, examples))
 
 
 def read_semeval2010(path: str | os.PathLike[str]) -> list[Example]:
@@ -123,7 +123,7 @@ def read_semeval2010(path: str | os.PathLike[str]) -> list[Example]:
       DataError: a file or line that is not of that form (`file:line: …`).
     """
     schema = packaged_guide("semeval2010_short").schema
-    return _collect(_official_rows(path, schema), source=path)
+    return collect(_official_rows(path, schema), source=path)
 
 
 def load_hub_semeval2010(split: str) -> list[Example]:
@@ -145,75 +145,16 @@ def load_hub_semeval2010(split: str) -> list[Example]:
     def rows() -> Iterator[tuple[int, Example]]:
         pairs = zip(table["sentence"], table["relation"], strict=True)
         for id, (sentence, relation) in enumerate(pairs, start=first):
-            with _located(source, id):
+            with located(source, id):
                 example = _official_example(id, sentence.strip(), names[relation], schema)
             yield id, example
 
-    return _collect(rows(), source=source)
-
-
-@contextlib.contextmanager
-def _located(source: str | os.PathLike[str], number: int) -> Iterator[None]:
-    """Puts the place in front of a data error."""
-    try:
-        yield
-    except DataError as error:
-        raise DataError(f"{source}:{number}: {error}") from None
-
-
-def _collect(
-    rows: Iterable[tuple[int, Example]], *, source: str | os.PathLike[str]
-) -> list[Example]:
-    """The examples of numbered rows; there must be some, and their ids must differ."""
-    examples: list[Example] = []
-    line_of: dict[str, int] = {}
-    for number, example in rows:
-        if example.id in line_of:
-            raise DataError(
-                f"{source}:{number}: id {example.id!r} is that of line {line_of[example.id]} too; "
-                "ids must differ"
-            )
-        line_of[example.id] = number
-        examples.append(example)
-    if not examples:
-        raise DataError(f"{source}: the file is empty; expected at least one example")
-    return examples
-
-
-def _lines(path: Path, *, blank: bool = False) -> Iterator[tuple[int, str]]:
-    """Numbered lines of a UTF-8 file; blank ones if asked, else they may only end the file."""
-    opened = gzip.open(path, "rb") if path.suffix == ".gz" else path.open("rb")
-    number, skipped = 0, None
-    try:
-        with opened as file:
-            for number, data in enumerate(file, start=1):
-                line = data.decode("utf-8-sig" if number == 1 else "utf-8").rstrip("\r\n")
-                if line.strip() or blank:
-                    if skipped is not None and not blank:
-                        raise DataError(
-                            f"{path}:{skipped}: a blank line; expected one JSON object a line"
-                        )
-                    yield number, line
-                elif skipped is None:
-                    skipped = number
-    except UnicodeDecodeError as error:
-        raise DataError(
-            f"{path}:{number}: not UTF-8 ({error.reason} at byte {error.start} of the line)"
-        ) from None
-    except (OSError, EOFError, zlib.error) as error:
-        raise DataError(f"{path}: cannot be read behind line {number}: {error}") from None
+    return collect(rows(), source=source)
 
 
 def _parse_row(line: str, *, schema: Schema, dataset: str | None) -> Example:
     """The example of a JSON line, with every check that needs no other line."""
-    try:
-        row = json.loads(line)
-    except ValueError as error:
-        raise DataError(f"not JSON: {error}") from None
-    except RecursionError:
-        raise DataError("not JSON that can be read: nested too deep") from None
-    if not isinstance(row, dict):
-        raise DataError(f"expected a JSON object, found {_kind(row)}")
+    row = decode_object(line)
     if dataset is not None and row.get("dataset", dataset) != dataset:
         raise DataError(f"a row of data set {row['dataset']!r} in a file of {dataset!r}")
     example = _example(row)
@@ -224,63 +165,33 @@ def _parse_row(line: str, *, schema: Schema, dataset: str | None) -> Example:
 
 def _example(row: dict[str, Any]) -> Example:
     """The example of a decoded row, with all its types checked."""
-    labels = _value(row, "labels", list, default=[])
+    labels = value(row, "labels", list, default=[])
     for label in labels:
         if not isinstance(label, str):
-            raise DataError(f"'labels' must be a list of strings, found {_kind(label)} in it")
-    id = _value(row, "id", str)
+            raise DataError(f"'labels' must be a list of strings, found {kind_of(label)} in it")
+    id = value(row, "id", str)
     if not id:
         raise DataError("'id' must not be empty")
     return Example(
         id=id,
-        text=_value(row, "text", str),
-        head=_mention(_value(row, "head", dict), "head"),
-        tail=_mention(_value(row, "tail", dict), "tail"),
-        label=_value(row, "label", str),
+        text=value(row, "text", str),
+        head=_mention(value(row, "head", dict), "head"),
+        tail=_mention(value(row, "tail", dict), "tail"),
+        label=value(row, "label", str),
         labels=tuple(labels),
-        split=_value(row, "split", str, default=None),
-        domain=_value(row, "domain", str, default=None),
-        reasoning=_value(row, "reasoning", str, default=None),
+        split=value(row, "split", str, default=None),
+        domain=value(row, "domain", str, default=None),
+        reasoning=value(row, "reasoning", str, default=None),
     )
 
 
 def _mention(row: dict[str, Any], role: str) -> Mention:
     return Mention(
-        text=_value(row, "text", str, of=role),
-        start=_value(row, "start", int, of=role),
-        end=_value(row, "end", int, of=role),
-        type=_value(row, "type", str, of=role, default=None),
+        text=value(row, "text", str, of=role),
+        start=value(row, "start", int, of=role),
+        end=value(row, "end", int, of=role),
+        type=value(row, "type", str, of=role, default=None),
     )
-
-
-_REQUIRED = object()
-_NAMES = {
-    str: "a string",
-    int: "an integer",
-    dict: "an object",
-    list: "a list",
-    float: "a number",
-    bool: "a boolean",
-}
-
-
-def _value(
-    row: dict[str, Any], key: str, kind: type, *, of: str | None = None, default: Any = _REQUIRED
-) -> Any:
-    """A key's value of the right type; null is as good as no key where there is a default."""
-    name = key if of is None else f"{of}.{key}"
-    value = row.get(key)
-    if value is None and default is not _REQUIRED:
-        return default
-    if key not in row:
-        raise DataError(f"the key {name!r} is missing; found {', '.join(sorted(row)) or 'no key'}")
-    if not isinstance(value, kind) or isinstance(value, bool):
-        raise DataError(f"{name!r} must be {_NAMES[kind]}, found {_kind(value)}")
-    return value
-
-
-def _kind(value: Any) -> str:
-    return "null" if value is None else f"{_NAMES[type(value)]} ({str(value)[:40]!r})"
 
 
 def _row(example: Example) -> dict[str, Any]:
@@ -305,11 +216,11 @@ def _official_rows(path: str | os.PathLike[str], schema: Schema) -> Iterator[tup
     def finish() -> Iterator[tuple[int, Example]]:
         if sentence is not None:
             number, match = sentence
-            with _located(path, number):
+            with located(path, number):
                 example = _official_example(int(match["id"]), match["tagged"], label, schema)
             yield number, example
 
-    for number, line in _lines(resolve_data(path), blank=True):
+    for number, line in numbered_lines(resolve_data(path), blank=True):
         match = _OFFICIAL_SENTENCE.fullmatch(line)
         if match is not None:
             yield from finish()

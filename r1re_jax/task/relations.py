@@ -3,12 +3,17 @@
 A guide is Markdown of a fixed form, from which the schema (labels, directions, none label) is read:
 
     # title
+    ## Entities
+    - **Type**: definition
     ## Relations
     - **Rel(X = role, Y = role)**: definition
     - **Rel(X = role, Y = role)** [no direction]: definition
     - **Other**: the none label, which has no roles
     ## Rules
     1. a rule
+
+The entity types may be left out: only the extraction of triplets (`r1re_jax.task.triplets`) reads
+them, and labels of marked pairs do not depend on them.
 
 A canonical label is `Rel(e1,e2)` (e1 fills role X), `Rel(e2,e1)`, `Rel` where the relation has no
 direction, or the none label. e1 is always the mention that comes first in the text.
@@ -26,9 +31,11 @@ from r1re_jax.task.schema import (
     DIRECTIONS,
     RESERVED_TAGS,
     DataError,
+    EntityType,
     GuideError,
     Relation,
     Schema,
+    TripletSchema,
     check_name,
 )
 
@@ -36,12 +43,15 @@ __all__ = [
     "DIRECTIONS",
     "RESERVED_TAGS",
     "DataError",
+    "EntityType",
     "Example",
     "Guide",
     "GuideError",
     "Mention",
     "Relation",
     "Schema",
+    "TripletSchema",
+    "check_span",
     "load_guide",
     "make_guide",
     "parse_guide",
@@ -54,7 +64,7 @@ _RELATION_LINE = re.compile(
     r"- \*\*(?P<name>[^()*]+)\(\s*X\s*=(?P<x>[^()*=]+),\s*Y\s*=(?P<y>[^()*=]+)\)\*\*"
     r"(?P<no_direction>\s*\[no direction\])?:(?P<definition>.*)"
 )
-_NONE_LINE = re.compile(r"- \*\*(?P<name>[^()*]+)\*\*:(?P<definition>.*)")
+_BARE_LINE = re.compile(r"- \*\*(?P<name>[^()*]+)\*\*:(?P<definition>.*)")
 _RULE_LINE = re.compile(r"(?:\d+\.|-)\s+(?P<rule>.*\S)")
 _MARK = re.compile(r"</?e[12]>")
 
@@ -101,7 +111,7 @@ class Example:
     def __post_init__(self) -> None:
         """Checks the spans."""
         for role, mention in (("head", self.head), ("tail", self.tail)):
-            _check_span(role, mention, self.text)
+            check_span(role, mention, self.text)
         if self.tail.start < self.head.end:
             fault = "starts after" if self.head.start > self.tail.start else "overlaps"
             raise DataError(
@@ -114,6 +124,16 @@ class Example:
     def gold(self) -> frozenset[str]:
         """Every accepted label."""
         return frozenset(label for label in (self.label, *self.labels) if label)
+
+    @property
+    def question(self) -> str:
+        """What a prompt asks about: the text with its marks."""
+        return self.tagged
+
+    @property
+    def answer(self) -> str:
+        """The gold answer as predictions hold it: the label."""
+        return self.label
 
     @property
     def between(self) -> str:
@@ -136,12 +156,24 @@ class Guide:
       schema: labels, directions and none label.
       rules: the rules, one line each.
       text: the Markdown as it stands in the file; this is what a prompt shows.
+      entities: the entity types; empty where the guide names none.
     """
 
     title: str
     schema: Schema
     rules: tuple[str, ...]
     text: str
+    entities: tuple[EntityType, ...] = ()
+
+    @functools.cached_property
+    def triplets(self) -> TripletSchema:
+        """The schema of triplets; GuideError where the guide names no entity types."""
+        if not self.entities:
+            raise GuideError(
+                f"the guide {self.title!r} names no entity types, which the extraction of triplets "
+                f"needs; write {_ENTITIES!r} before {_RELATIONS!r}. {_ENTITY_FORM}"
+            )
+        return TripletSchema(self.entities, self.schema.relations)
 
     @functools.cached_property
     def sha256(self) -> str:
@@ -190,28 +222,39 @@ def parse_guide(text: str, *, source: str = "guide") -> Guide:
         `source` and the line.
     """
     title, sections = _sections(text, source=source)
+    entities = _entities(sections.get(_ENTITIES, []))
+    if _ENTITIES in sections and not entities:
+        raise GuideError(f"{source}: no entity types under {_ENTITIES!r}. {_ENTITY_FORM}")
     relations, none = _relations(sections.get(_RELATIONS, []))
     if not relations:
         raise GuideError(f"{source}: no relations; expected lines under '{_RELATIONS}'. {_FORM}")
     rules = _rules(line for _, line in sections.get(_RULES, []))
-    return Guide(title=title, schema=Schema(relations, none), rules=rules, text=text)
+    return Guide(title, Schema(relations, none), rules, text, entities)
 
 
 def make_guide(
-    title: str, schema: Schema, *, rules: Iterable[str] = (), none_definition: str = NONE_DEFINITION
+    title: str,
+    schema: Schema,
+    *,
+    rules: Iterable[str] = (),
+    none_definition: str = NONE_DEFINITION,
+    entities: tuple[EntityType, ...] = (),
 ) -> Guide:
     """Writes a guide for a schema; `parse_guide` of its text gives the same guide back."""
-    lines = [f"# {title}", "", "## Relations", ""]
+    lines = [f"# {title}", ""]
+    if entities:
+        lines += [_ENTITIES, "", *(f"- **{one.name}**: {one.definition}" for one in entities), ""]
+    lines += [_RELATIONS, ""]
     for relation in schema.relations:
         mark = "" if relation.directed else " [no direction]"
         roles = f"X = {relation.x_role}, Y = {relation.y_role}"
         lines.append(f"- **{relation.name}({roles})**{mark}: {relation.definition}")
     if schema.none is not None:
         lines.append(f"- **{schema.none}**: {none_definition}")
-    lines += ["", "## Rules", ""]
+    lines += ["", _RULES, ""]
     lines += [f"{number}. {rule}" for number, rule in enumerate(rules, start=1)]
     guide = parse_guide("\n".join(lines).rstrip() + "\n", source=title)
-    if guide.schema != schema or guide.title != title:
+    if guide.schema != schema or guide.title != title or guide.entities != entities:
         raise GuideError(
             f"guide {title!r}: names, roles and definitions must be plain single lines"
         )
@@ -222,14 +265,15 @@ _FORM = (
     "A relation is '- **Name(X = role, Y = role)**: definition', with ' [no direction]' behind the "
     "bold part if it has none; the none label is '- **Name**: definition'"
 )
-_RELATIONS, _RULES = "## Relations", "## Rules"
+_ENTITY_FORM = "An entity type is '- **Name**: definition'"
+_ENTITIES, _RELATIONS, _RULES = "## Entities", "## Relations", "## Rules"
 
 
 def _sections(text: str, *, source: str) -> tuple[str, dict[str, list[tuple[str, str]]]]:
     """The title, and by section its lines that are not blank, each with its place."""
     title: str | None = None
     sections: dict[str, list[tuple[str, str]]] = {}
-    expected = ["# title", _RELATIONS, _RULES]
+    expected = ["# title", _ENTITIES, _RELATIONS, _RULES]
     for number, line in enumerate(text.split("\n"), start=1):
         line, where = line.rstrip(), f"{source}:{number}"
         if not line:
@@ -242,8 +286,10 @@ def _sections(text: str, *, source: str) -> tuple[str, dict[str, list[tuple[str,
             title, expected = line[2:].strip(), expected[1:]
         elif line.startswith("#") or not sections:
             if line not in expected:
-                follows = " or ".join(map(repr, expected)) or "no further heading"
-                raise GuideError(f"{where}: expected {follows}, found {line!r}")
+                shown = [repr(heading) for heading in expected if heading != _ENTITIES]
+                follows = " or ".join(shown) or "no further heading"
+                may = f" ({_ENTITIES!r} may come first)" if _ENTITIES in expected else ""
+                raise GuideError(f"{where}: expected {follows}, found {line!r}{may}")
             expected = expected[expected.index(line) + 1 :]
             section = sections.setdefault(line, [])
         else:
@@ -251,6 +297,23 @@ def _sections(text: str, *, source: str) -> tuple[str, dict[str, list[tuple[str,
     if title is None:
         raise GuideError(f"{source}:1: the title is missing; expected '# title', found no text")
     return title, sections
+
+
+def _entities(lines: Iterable[tuple[str, str]]) -> tuple[EntityType, ...]:
+    """The entity types of the lines under '## Entities'."""
+    entities: dict[str, EntityType] = {}
+    for where, line in lines:
+        match = _BARE_LINE.fullmatch(line)
+        if match is None or not match["definition"].strip() or not match["name"].strip():
+            raise GuideError(f"{where}: cannot read {line!r}. {_ENTITY_FORM}")
+        name = match["name"].strip()
+        if name in entities:
+            raise GuideError(f"{where}: {name!r} is defined twice; names must differ")
+        try:
+            entities[name] = EntityType(name, match["definition"].strip())
+        except GuideError as error:
+            raise GuideError(f"{where}: {error}") from None
+    return tuple(entities.values())
 
 
 def _relations(lines: Iterable[tuple[str, str]]) -> tuple[tuple[Relation, ...], str | None]:
@@ -277,7 +340,7 @@ def _relations(lines: Iterable[tuple[str, str]]) -> tuple[tuple[Relation, ...], 
 def _relation_entry(line: str, *, where: str) -> Relation | str:
     """The relation of a line under '## Relations', or the none label as a string."""
     match = _RELATION_LINE.fullmatch(line)
-    none = match or _NONE_LINE.fullmatch(line)
+    none = match or _BARE_LINE.fullmatch(line)
     if none is None or not none["definition"].strip() or not none["name"].strip():
         raise GuideError(f"{where}: cannot read {line!r}. {_FORM}")
     try:
@@ -309,7 +372,7 @@ def _rules(lines: Iterable[str]) -> tuple[str, ...]:
     return tuple(rules)
 
 
-def _check_span(role: str, mention: Mention, text: str) -> None:
+def check_span(role: str, mention: Mention, text: str) -> None:
     """Refuses a span that is not in the text or holds other words."""
     if not 0 <= mention.start < mention.end <= len(text):
         raise DataError(

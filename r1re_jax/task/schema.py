@@ -1,4 +1,4 @@
-"""Labels: relations, and the schema that a guide gives.
+"""Labels: relations, entity types, and the schemas that a guide gives.
 
 A canonical label is `Rel(e1,e2)` (e1 fills role X), `Rel(e2,e1)`, `Rel` where the relation has no
 direction, or the none label. e1 is always the mention that comes first in the text.
@@ -6,6 +6,7 @@ direction, or the none label. e1 is always the mention that comes first in the t
 
 import difflib
 import functools
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 # A relation named with one of these could never be given as an answer.
@@ -98,16 +99,83 @@ class Schema:
 
     def check_label(self, label: str) -> None:
         """Raises DataError, with the nearest label, where the schema lacks `label`."""
-        if label in self:
-            return
-        near = difflib.get_close_matches(label, self.labels, n=1, cutoff=0.5)
-        hint = f"; did you mean {near[0]!r}?" if near else ""
-        known = ", ".join(self.labels)
-        raise DataError(f"the guide has no label {label!r}{hint} Its labels are: {known}")
+        _check_known(label, self.labels, "label")
+
+
+@dataclass(frozen=True)
+class EntityType:
+    """An entity type of a guide.
+
+    Attributes:
+      name: text without round brackets or line breaks.
+      definition: one line of prose.
+    """
+
+    name: str
+    definition: str = ""
+
+    def __post_init__(self) -> None:
+        """Refuses a name that no answer could give."""
+        check_name(self.name)
+
+
+@dataclass(frozen=True)
+class TripletSchema:
+    """What may be extracted from a sentence under a guide: entity types and relations.
+
+    A none label has no place here: what holds no relation is left out of the answer.
+    """
+
+    entities: tuple[EntityType, ...]
+    relations: tuple[Relation, ...]
+
+    def __post_init__(self) -> None:
+        """Refuses a schema without types or relations, and a name that is taken twice."""
+        for what, names in (("entity type", self.types), ("relation", self.names)):
+            if not names:
+                raise GuideError(f"a schema of triplets needs at least one {what}, found none")
+            repeated = sorted({name for name in names if names.count(name) > 1})
+            if repeated:
+                raise GuideError(
+                    f"names of a schema must differ, found more than one {what} "
+                    f"{', '.join(repeated)}"
+                )
+
+    @functools.cached_property
+    def types(self) -> tuple[str, ...]:
+        """Names of the entity types, in the order of the guide."""
+        return tuple(entity.name for entity in self.entities)
+
+    @functools.cached_property
+    def names(self) -> tuple[str, ...]:
+        """Names of the relations, in the order of the guide."""
+        return tuple(relation.name for relation in self.relations)
+
+    @functools.cached_property
+    def directionless(self) -> frozenset[str]:
+        """Names of the relations whose head and tail may change places."""
+        return frozenset(relation.name for relation in self.relations if not relation.directed)
+
+    def check_type(self, name: str) -> None:
+        """Raises DataError, with the nearest one, where no entity type is called `name`."""
+        _check_known(name, self.types, "entity type")
+
+    def check_relation(self, name: str) -> None:
+        """Raises DataError, with the nearest one, where no relation is called `name`."""
+        _check_known(name, self.names, "relation")
+
+
+def _check_known(name: str, known: Sequence[str], what: str) -> None:
+    """Refuses a name that a guide lacks."""
+    if name in known:
+        return
+    near = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
+    hint = f"; did you mean {near[0]!r}?" if near else ""
+    raise DataError(f"the guide has no {what} {name!r}{hint} Its {what}s are: {', '.join(known)}")
 
 
 def check_name(name: str) -> None:
-    """Refuses a relation name or none label that no answer could give."""
+    """Refuses a relation name, type or none label that no answer could give."""
     if (
         not name
         or name != name.strip()

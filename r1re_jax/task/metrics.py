@@ -31,6 +31,7 @@ __all__ = [
     "pass_at_k",
     "per_relation",
     "read_answers",
+    "sample_figures",
     "semeval2010_macro_f1",
     "semeval2010_report",
     "summarise",
@@ -170,8 +171,7 @@ def summarise(
     Raises:
       ValueError: no predictions, or rows with different numbers of samples.
     """
-    correct = [[bool(sample["correct"]) for sample in row["samples"]] for row in predictions]
-    rates = _rates(correct)
+    figures = sample_figures(predictions, seed=seed)
     first = [row["samples"][0] for row in predictions]
     predicted = [sample["predicted"] for sample in first]
     gold = [
@@ -179,6 +179,30 @@ def summarise(
         for row, sample in zip(predictions, first, strict=True)
     ]
     report = semeval2010_report(gold, predicted, way=Way.OFFICIAL, none=schema.none)
+    return figures | {
+        "macro_f1": report.macro_f1,
+        "micro_f1": report.micro.f1,
+        "temperature": temperature,
+        "protocol": protocol,
+        "model": model,
+        "data_sha256": data_sha256,
+        "per_relation": per_relation(gold, predicted, none=schema.none),
+        "confusion": confusion(gold, predicted),
+    }
+
+
+def sample_figures(predictions: Sequence[Mapping[str, Any]], *, seed: int = 0) -> dict[str, Any]:
+    """The figures that need no more than whether a sample is right: those of every task.
+
+    Args:
+      predictions: as `summarise` takes them.
+      seed: of the bootstrap.
+
+    Raises:
+      ValueError: no predictions, or rows with different numbers of samples.
+    """
+    correct = [[bool(sample["correct"]) for sample in row["samples"]] for row in predictions]
+    rates = _rates(correct)
     samples = [sample for row in predictions for sample in row["samples"]]
     return {
         "accuracy": sum(row[0] for row in correct) / len(correct),
@@ -186,19 +210,11 @@ def summarise(
         "pass_at_k": pass_at_k(correct),
         "ci95": list(bootstrap_interval(rates, seed=seed)),
         "format_rate": _mean_of(samples, "format_ok"),
-        "macro_f1": report.macro_f1,
-        "micro_f1": report.micro.f1,
         "mean_reward": _mean_of(samples, "reward"),
         "mean_tokens": _mean_of(samples, "tokens"),
         "truncated_rate": _mean_of(samples, "truncated"),
         "n": len(predictions),
         "k": len(correct[0]),
-        "temperature": temperature,
-        "protocol": protocol,
-        "model": model,
-        "data_sha256": data_sha256,
-        "per_relation": per_relation(gold, predicted, none=schema.none),
-        "confusion": confusion(gold, predicted),
     }
 
 

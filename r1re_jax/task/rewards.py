@@ -18,6 +18,7 @@ Rewards follow R1-RE (Dai et al., arXiv 2507.04642): +1 for the format, then +2 
 
 import enum
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from r1re_jax.task.relations import DIRECTIONS, Example, Schema
@@ -86,6 +87,21 @@ class Parsed:
 
 
 @dataclass(frozen=True)
+class Frame:
+    """What stands in the think and answer tags of a completion, whatever the task.
+
+    Attributes:
+      reasoning: the stripped thoughts, as in `Parsed`.
+      answer: the stripped answer; None where the tags are wrong.
+      problem: what is wrong outside the answer, else None.
+    """
+
+    reasoning: str | None
+    answer: str | None
+    problem: Problem | None
+
+
+@dataclass(frozen=True)
 class Verdict:
     """The judgement of a completion.
 
@@ -102,6 +118,11 @@ class Verdict:
     correct: bool
     predicted: str | None
     problem: Problem | None
+
+    @property
+    def figures(self) -> Mapping[str, float]:
+        """Further figures whose means are logged: none, a label is right or wrong."""
+        return {}
 
 
 def relation_reward(
@@ -129,14 +150,21 @@ def relation_reward(
 
 def parse_completion(text: str, schema: Schema) -> Parsed:
     """Reads the label that a completion gives under a guide's schema. Never raises."""
+    frame = parse_frame(text)
+    if frame.answer is None:
+        return Parsed(None, frame.reasoning, frame.problem)
+    predicted, problem = parse_answer(frame.answer, schema)
+    return Parsed(predicted, frame.reasoning, problem)
+
+
+def parse_frame(text: str) -> Frame:
+    """Reads thoughts and answer out of their tags, or says what is wrong. Never raises."""
     text = text.strip()
     problem = _tag_problem(text)
-    reasoning = _reasoning(text)
     if problem is not None:
-        return Parsed(None, reasoning, problem)
+        return Frame(_reasoning(text), None, problem)
     answer = text[text.index(ANSWER_OPEN) + len(ANSWER_OPEN) : -len(ANSWER_CLOSE)].strip()
-    predicted, problem = parse_answer(answer, schema)
-    return Parsed(predicted, reasoning, problem)
+    return Frame(_reasoning(text), answer, None)
 
 
 def parse_answer(answer: str, schema: Schema) -> tuple[str | None, Problem | None]:

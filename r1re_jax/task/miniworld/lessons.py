@@ -96,7 +96,7 @@ class WorldSource:
 
     def lessons(self, step: int) -> tuple[Lesson, ...]:
         """Return the N lessons of a step, all written for its stage."""
-        stage = next((stage for stage in self.stages if step < stage.until), self.stages[-1])
+        stage = stage_at(self.stages, step)
         return tuple(
             self._lesson(
                 random.Random(f"{self.seed}/{step}/{tree}"), stage, f"{self.seed}-{step}-{tree}"
@@ -112,7 +112,7 @@ class WorldSource:
             names = [f"{name}-{i}" for i in range(self.questions)]
             return Lesson(guide, tuple(quoting_example(guide, rng, identity=one) for one in names))
         none = stage.none_share > 0 and rng.random() < 0.5
-        domain = _domain(rng, kind, count, none=none, spelled=stage.spelled, short=stage.short)
+        domain = draw_domain(rng, kind, count, none=none, spelled=stage.spelled, short=stage.short)
         strange = domains.strangers(domain, rng, relations=2, spelled=stage.spelled)
         examples = tuple(
             write_example(
@@ -144,14 +144,24 @@ def source(
     Raises:
         ValueError: a field that `Stage` does not have, an unknown kind, or sizes out of range.
     """
+    made = read_stages(stages) or (FULL,)
+    return WorldSource(stages=made, trees=trees, questions=questions, seed=seed)
+
+
+def read_stages(stages: Sequence[Mapping[str, Any]]) -> tuple[Stage, ...]:
+    """Make stages from plain values; raises as `source`."""
     fields = {field.name for field in dataclasses.fields(Stage)}
     for stage in stages:
         if unknown := set(stage) - fields:
             raise ValueError(
                 f"a miniworld stage has the fields {sorted(fields)}, found {sorted(unknown)}"
             )
-    made = tuple(Stage(**{**stage, "kinds": tuple(map(Kind, stage["kinds"]))}) for stage in stages)
-    return WorldSource(stages=made or (FULL,), trees=trees, questions=questions, seed=seed)
+    return tuple(Stage(**{**stage, "kinds": tuple(map(Kind, stage["kinds"]))}) for stage in stages)
+
+
+def stage_at(stages: Sequence[Stage], step: int) -> Stage:
+    """Return the stage that holds at a step."""
+    return next((stage for stage in stages if step < stage.until), stages[-1])
 
 
 def examples(
@@ -171,13 +181,8 @@ def examples(
     Raises:
         ValueError: no such domain.
     """
-    made = {domains.GENERAL: domains.general, domains.MEDICAL: domains.medical}
-    if domain not in made:
-        raise ValueError(f"miniworld has the domains {sorted(made)}, found {domain!r}")
     rng = random.Random(f"held-out/{domain}/{seed}")
-    world = domains.listed(made[domain](), random.Random(0), cues=1)
-    if domain == domains.GENERAL:
-        world = dataclasses.replace(world, nouns=words.GENERAL_NOUNS_HELD_OUT)
+    world = held_out_domain(domain)
     strange = domains.strangers(world, rng, relations=4)
     sentences = tuple(
         write_example(
@@ -195,9 +200,25 @@ def examples(
     return shuffle_definitions(guide, random.Random(seed)) if shuffled else guide, sentences
 
 
-def _domain(
+def held_out_domain(domain: str) -> domains.Domain:
+    """Return a domain as held-out sets have it: one cue of each direction, nouns of no lesson.
+
+    Raises:
+        ValueError: no such domain.
+    """
+    made = {domains.GENERAL: domains.general, domains.MEDICAL: domains.medical}
+    if domain not in made:
+        raise ValueError(f"miniworld has the domains {sorted(made)}, found {domain!r}")
+    world = domains.listed(made[domain](), random.Random(0), cues=1)
+    if domain == domains.GENERAL:
+        world = dataclasses.replace(world, nouns=words.GENERAL_NOUNS_HELD_OUT)
+    return world
+
+
+def draw_domain(
     rng: random.Random, kind: Kind, count: int, *, none: bool, spelled: float, short: bool
 ) -> domains.Domain:
+    """Draw a lesson's domain of `count` relations; not for quoting, which has none."""
     if kind is Kind.INVENTED:
         return domains.invented(rng, relations=count, none=none, spelled=spelled, short=short)
     domain = domains.general()

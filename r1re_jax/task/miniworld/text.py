@@ -69,7 +69,7 @@ def write_example(
             before = f"{clause}, and " if not before else f"{before}{clause}, and "
         else:
             after = f", while {clause}{after}"
-    head, tail = (_mention(noun, rng, adjective=0.25 * richness) for noun in (first, second))
+    head, tail = (mention(noun, rng, adjective=0.25 * richness) for noun in (first, second))
     left, middle = f"{before}the ", f" {adverb}{cue.words} the "
     text = f"{left}{head}{middle}{tail}{after}."
     text = text[0].upper() + text[1:]
@@ -129,10 +129,17 @@ def shuffle_definitions(guide: task.Guide, rng: random.Random) -> task.Guide:
         for relation in guide.schema.relations
     )
     schema = task.Schema(dealt, none=guide.schema.none)
-    return task.make_guide(guide.title, schema, rules=guide.rules, none_definition=NONE_DEFINITION)
+    return task.make_guide(
+        guide.title,
+        schema,
+        rules=guide.rules,
+        none_definition=NONE_DEFINITION,
+        entities=guide.entities,
+    )
 
 
-def _mention(noun: str, rng: random.Random, *, adjective: float) -> str:
+def mention(noun: str, rng: random.Random, *, adjective: float) -> str:
+    """Return a noun, with the given probability behind an adjective."""
     return f"{rng.choice(words.ADJECTIVES)} {noun}" if rng.random() < adjective else noun
 
 

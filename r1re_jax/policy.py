@@ -18,6 +18,7 @@ from jax.sharding import Mesh
 from r1re_jax.model.config import ModelConfig
 from r1re_jax.model.hf import load_hf, save_hf
 from r1re_jax.model.hf_config import config_from_hf, hf_config
+from r1re_jax.model.hf_tokenizer import save_tokenizer
 from r1re_jax.model.qwen import Qwen, Remat, abstract_qwen
 from r1re_jax.model.tree import pad_level
 from r1re_jax.policy_source import (
@@ -34,7 +35,7 @@ from r1re_jax.rollout.rollout import generate
 from r1re_jax.rollout.sampling import SamplingSettings
 from r1re_jax.task.prompts import PromptEncoder, PromptTemplate
 
-RECIPE = "r1re.json"
+RECIPE, CARD = "r1re.json", "README.md"
 # Completions that are drawn at a time, and fp32 logits that exist at a time (256 MB).
 ROWS, LOGITS = 512, 2**26
 SHORTEST = 32  # narrowest bucket of rows
@@ -291,7 +292,13 @@ def load_tokenizer(folder: str | os.PathLike) -> Any:
 
 
 def save_policy(
-    policy: Policy, folder: str | os.PathLike, *, dtype: str = "float32", overwrite: bool = False
+    policy: Policy,
+    folder: str | os.PathLike,
+    *,
+    dtype: str = "float32",
+    card: str = "",
+    max_shard_bytes: int = 5_000_000_000,
+    overwrite: bool = False,
 ) -> None:
     """Write a Hugging Face folder that transformers and `load_policy` load to equal logits.
 
@@ -299,6 +306,8 @@ def save_policy(
         policy: its weights, tokenizer, and r1re.json with template, limits and stop tokens.
         folder: absent, empty or an earlier export; appears whole or not at all.
         dtype: of the weights: float32, bfloat16 or float16.
+        card: text of the model card, README.md; "" writes none.
+        max_shard_bytes: above it the weights go into several files with an index.
         overwrite: replace the folder whatever it holds.
 
     Raises:
@@ -310,8 +319,10 @@ def save_policy(
         dtype=dtype,
         stop_ids=policy.encoder.stop_ids,
         pad_id=policy.encoder.pad_id,
+        bos_id=policy.tokenizer.bos_token_id,
+        max_shard_bytes=max_shard_bytes,
         overwrite=overwrite,
-        also=functools.partial(_write_words, policy),
+        also=functools.partial(_write_words, policy, card=card),
     )
 
 
@@ -322,15 +333,17 @@ def save_words(policy: Policy, folder: str | os.PathLike) -> None:
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    encoder = policy.encoder
-    config = hf_config(policy.config, stop_ids=encoder.stop_ids, pad_id=encoder.pad_id)
+    ids = {"stop_ids": policy.encoder.stop_ids, "pad_id": policy.encoder.pad_id}
+    config = hf_config(policy.config, bos_id=policy.tokenizer.bos_token_id, **ids)
     (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", "utf-8")
     _write_words(policy, folder)
 
 
-def _write_words(policy: Policy, folder: Path) -> None:
-    """Write tokenizer and r1re.json."""
-    policy.tokenizer.save_pretrained(folder)
+def _write_words(policy: Policy, folder: Path, *, card: str = "") -> None:
+    """Write tokenizer, r1re.json and, where there is one, the model card."""
+    save_tokenizer(policy.tokenizer, folder, family=policy.config.family)
+    if card:
+        (folder / CARD).write_text(card, "utf-8")
     recipe = {
         "template": policy.encoder.template.to_json(),
         "limits": dataclasses.asdict(policy.limits),

@@ -27,7 +27,7 @@ from safetensors.numpy import save_file
 
 from r1re_jax import sharding
 from r1re_jax.model.config import ModelConfig
-from r1re_jax.model.hf_config import PRODUCER, HFError, config_from_hf, hf_config
+from r1re_jax.model.hf_config import PRODUCER, HFError, config_from_hf, hf_config, hf_generation
 from r1re_jax.model.qwen import Qwen, Remat, abstract_qwen
 
 FLOATS = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}
@@ -268,6 +268,7 @@ def save_hf(
     dtype: str = "float32",
     stop_ids: Sequence[int] = (),
     pad_id: int | None = None,
+    bos_id: int | None = None,
     max_shard_bytes: int = 5_000_000_000,
     overwrite: bool = False,
     also: Callable[[Path], None] | None = None,
@@ -283,6 +284,7 @@ def save_hf(
         dtype: float32, bfloat16 or float16.
         stop_ids: ids that end a completion.
         pad_id: id of the padding token.
+        bos_id: id of the token that begins a text.
         max_shard_bytes: above it the weights go into several files with an index.
         overwrite: replace the folder whatever it holds.
         also: called with the unfinished folder before the rename, to add files (tokenizer, …).
@@ -305,12 +307,10 @@ def save_hf(
     try:
         _write_weights(model, beside, dtype=dtype, max_shard_bytes=max_shard_bytes)
         if beside is not None:
-            config = hf_config(model.config, dtype=dtype, stop_ids=stop_ids, pad_id=pad_id)
-            generation = {
-                key: config[key] for key in ("bos_token_id", "eos_token_id", "pad_token_id")
-            }
+            ids = {"stop_ids": stop_ids, "pad_id": pad_id, "bos_id": bos_id}
+            config = hf_config(model.config, dtype=dtype, **ids)
             _write_json(beside / "config.json", config)
-            _write_json(beside / "generation_config.json", generation)
+            _write_json(beside / "generation_config.json", hf_generation(config))
             if also is not None:
                 also(beside)
             beside.chmod(0o755)  # mkdtemp's folders are closed to others

@@ -112,6 +112,7 @@ def hf_config(
     dtype: str = "float32",
     stop_ids: Sequence[int] = (),
     pad_id: int | None = None,
+    bos_id: int | None = None,
 ) -> dict:
     """Return the config.json that transformers' AutoModelForCausalLM accepts, versions 4 and 5.
 
@@ -120,6 +121,7 @@ def hf_config(
         dtype: in which the weights are written.
         stop_ids: ids that end a completion, the first being the usual one.
         pad_id: id of the padding token, where there is one.
+        bos_id: id of the token that begins a text, where there is one.
     """
     return {
         "architectures": [ARCHITECTURES[config.family]],
@@ -141,7 +143,7 @@ def hf_config(
         "tie_word_embeddings": config.tied,
         **_family_keys(config.family),
         "attention_dropout": 0.0,
-        "bos_token_id": None,
+        "bos_token_id": bos_id,
         "eos_token_id": _one_or_list(stop_ids),
         "pad_token_id": pad_id,
         "producer": PRODUCER,
@@ -174,3 +176,14 @@ def _family_keys(family: Family) -> dict:
 
 def _one_or_list(ids: Sequence[int]) -> int | list[int] | None:
     return (list(ids) if len(ids) > 1 else ids[0]) if ids else None
+
+
+def hf_generation(config: Mapping) -> dict:
+    """Return the generation_config.json that goes with a config.json of ours.
+
+    Decoding is greedy unless a caller asks for more: what a base model's own file says of sampling
+    was chosen for chats. No temperature stands beside it, since transformers warns of one that
+    `do_sample` makes void.
+    """
+    ids = {key: config[key] for key in ("bos_token_id", "eos_token_id", "pad_token_id")}
+    return {**ids, "do_sample": False}

@@ -118,7 +118,8 @@ def test_loading_sets_what_the_forward_needs(folder: Path) -> None:
 
 def test_generation_config(folder: Path) -> None:
     content = json.loads((folder / "generation_config.json").read_text())
-    assert content == {"bos_token_id": None, "eos_token_id": [3, 4], "pad_token_id": 0}
+    ids = {"bos_token_id": None, "eos_token_id": [3, 4], "pad_token_id": 0}
+    assert content == {**ids, "do_sample": False}
 
 
 # What cannot be loaded.

@@ -7,6 +7,7 @@ import pytest
 
 from r1re_jax.model.config import PRESETS, Family, ModelConfig, RopeScaling
 from r1re_jax.model.hf import HFError, config_from_hf, hf_config
+from r1re_jax.model.hf_config import hf_generation
 
 SMALL = ModelConfig(
     vocab=50,
@@ -76,6 +77,13 @@ def test_ours_comes_back() -> None:
 )
 def test_stop_ids(ids: tuple[int, ...], written: int | list[int] | None) -> None:
     assert hf_config(SMALL, stop_ids=ids, pad_id=0)["eos_token_id"] == written
+
+
+def test_generation_is_greedy_and_knows_the_special_tokens() -> None:
+    config = hf_config(SMALL, stop_ids=(7, 8), pad_id=0, bos_id=9)
+    assert config["bos_token_id"] == 9
+    ids = {"bos_token_id": 9, "eos_token_id": [7, 8], "pad_token_id": 0}
+    assert hf_generation(config) == {**ids, "do_sample": False}
 
 
 def test_missing_kv_heads_mean_multi_head_attention() -> None:

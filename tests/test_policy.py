@@ -192,6 +192,18 @@ def test_a_saved_policy_comes_back_whole(policy: Policy, folder: pathlib.Path) -
     assert set(recipe) == {"template", "limits", "stop_ids", "guide_sha256"}
 
 
+def test_a_card_is_written_where_one_is_given(
+    policy: Policy, folder: pathlib.Path, tmp_path: pathlib.Path
+) -> None:
+    assert not (folder / "README.md").exists()
+    save_policy(policy, tmp_path / "card", card="# Card\n", max_shard_bytes=20_000)
+    assert (tmp_path / "card" / "README.md").read_text() == "# Card\n"
+    assert len(list((tmp_path / "card").glob("model-*.safetensors"))) > 1
+    np.testing.assert_array_equal(
+        load_policy(tmp_path / "card").logits([[1]])[0], policy.logits([[1]])[0]
+    )
+
+
 def test_a_plain_hugging_face_folder_brings_its_stop_tokens(
     folder: pathlib.Path, tmp_path: pathlib.Path
 ) -> None:

@@ -20,7 +20,7 @@ from absl import logging
 from jax.sharding import Mesh
 
 from r1re_jax.evaluate import evaluate
-from r1re_jax.policy import save_words
+from r1re_jax.policy_files import save_words
 from r1re_jax.task.lessons import Source
 from r1re_jax.train import grpo as grpo_phase
 from r1re_jax.train import sft as sft_phase

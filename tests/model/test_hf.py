@@ -14,9 +14,10 @@ from safetensors.numpy import load_file, save_file
 
 from r1re_jax.model import weights
 from r1re_jax.model.config import Family, ModelConfig
-from r1re_jax.model.hf import INDEX, WeightsError, load_hf, save_hf
+from r1re_jax.model.hf import INDEX, load_hf, save_hf
 from r1re_jax.model.names import NAMES
 from r1re_jax.model.qwen import Qwen, Remat, abstract_qwen
+from r1re_jax.model.weights import WeightsError
 from tests.drawn import drawn_model
 from tests.train.world import mesh_of
 

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 
 from r1re_jax.model.config import PRESETS, Family, ModelConfig, RopeScaling
-from r1re_jax.model.hf import WeightsError, config_from_hf, hf_config
-from r1re_jax.model.hf_config import hf_generation
+from r1re_jax.model.hf_config import config_from_hf, hf_config, hf_generation
+from r1re_jax.model.weights import WeightsError
 
 SMALL = ModelConfig(
     vocab=50,

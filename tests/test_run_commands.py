@@ -1,4 +1,4 @@
-"""The commands evaluate, extract, export and report: what they print, write and refuse."""
+"""The commands evaluate, extract, export, report and doctor: what they print and refuse."""
 
 import importlib
 import io
@@ -14,11 +14,14 @@ from absl import flags
 from r1re_jax.model.config import Family
 from r1re_jax.policy_files import save_policy
 from r1re_jax.task.readers import write_jsonl
+from r1re_jax.train.parity import BANDS, Gap, Parity, Way
+from r1re_jax.train.settings import Dtype
 from tests.drawn import drawn_tensors
 from tests.fake_hub import TOKEN, FakeHub, Repository
 from tests.gguf_files import as_metadata, write_gguf
 from tests.test_policy import make_workdir
 from tests.tiny import GUIDE, tiny_examples, tiny_policy
+from tests.train.world import config, write_inputs
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 LIMITS = ("--limits.guide=448", "--limits.question=128", "--limits.completion=10")
@@ -294,6 +297,7 @@ def test_report_prints_the_path(
         ("extract", "--guide"),
         ("export", "--push"),
         ("report", "--workdir"),
+        ("doctor", "--json"),
     ],
 )
 def test_help(name: str, shown: str) -> None:
@@ -335,3 +339,49 @@ def test_a_flag_that_nothing_reads_is_refused(flag: str, message: str) -> None:
     assert process.returncode == 1
     assert message in process.stderr
     assert "Traceback" not in process.stderr
+
+
+def test_train_reports_that_sampler_and_trainer_disagree(
+    command: Command, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    apart = Gap(mean=0.25, max=float("nan"))
+    found = Parity(
+        dtype=Dtype.FLOAT32,
+        tokens=9,
+        gaps={(Way.DECODE, Way.TRAINING): apart},
+        band=BANDS[Dtype.FLOAT32],
+    )
+    monkeypatch.setattr("r1re_jax.train.parity.measure", lambda *args, **more: found)
+    values = config(write_inputs(tmp_path), sft__questions=8, grpo__questions=8)
+    train = importlib.import_module("run.train").train
+    with pytest.raises(SystemExit, match=r"run\.train: (?s:.*)mean 2\.50e-01, max nan"):
+        train(values, tmp_path / "run", again="")
+    assert not (tmp_path / "run").exists()
+
+
+def test_doctor_prints_and_writes_what_it_found(tmp_path: pathlib.Path) -> None:
+    write_inputs(tmp_path)
+    mesh = {"data": 4, "tensor": 2}
+    values = config(tmp_path, mesh=mesh, sft__questions=4, grpo__questions=4)
+    recipe = "from ml_collections import ConfigDict\ndef get_config():\n    return ConfigDict("
+    (tmp_path / "recipe.py").write_text(f"{recipe}{values!r})\n")
+
+    def doctor(*args: str) -> subprocess.CompletedProcess[str]:
+        found = tmp_path / "found.json"
+        more = [f"--config={tmp_path / 'recipe.py'}", f"--json={found}", *args]
+        command = [sys.executable, "-m", "run.doctor", *more]
+        return subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+
+    process = doctor(f"--workdir={tmp_path / 'run'}")
+    assert process.returncode == 0, process.stdout + process.stderr
+    assert process.stderr.splitlines()[-1] == "parity: ok"
+    assert "decode, training: mean " in process.stdout
+    found = json.loads((tmp_path / "found.json").read_text())
+    assert found["ok"] and {check["status"] for check in found["checks"]} == {"ok"}
+    assert not (tmp_path / "run").exists()
+    process = doctor("--config.grpo.grop=3")
+    assert process.returncode == 1
+    assert "did you mean grpo.group?" in process.stdout
+    assert "Traceback" not in process.stderr
+    found = json.loads((tmp_path / "found.json").read_text())
+    assert not found["ok"] and found["checks"][0]["status"] == "failed"

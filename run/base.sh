@@ -10,6 +10,7 @@ export JAX_PLATFORMS=cpu HF_HUB_OFFLINE=1
 for stage in short full; do
   [ -d "build/base/$stage" ] && continue
   "$python" -m run.train --config="configs/miniworld_base.py:$stage" --workdir="build/base/run-$stage"
-  "$python" -m run.export --workdir="build/base/run-$stage" --out="build/base/$stage"
+  "$python" -m run.export --workdir="build/base/run-$stage" --out="build/base/$stage" \
+    --license=apache-2.0
 done
 echo "the base policy is in build/base/full, the logs in build/base/run-*/metrics.jsonl"

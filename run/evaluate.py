@@ -14,7 +14,7 @@ from absl import app, flags
 from rich.console import Console
 
 from r1re_jax.evaluate import evaluate
-from r1re_jax.policy import load_policy
+from r1re_jax.policy_files import load_policy
 from r1re_jax.report.progress import open_progress
 from r1re_jax.report.summary import print_metrics
 from r1re_jax.task.readers import data_sha256, read_jsonl, resolve_data

@@ -1,10 +1,10 @@
-"""Export a run's policy as a Hugging Face folder that transformers loads.
+"""Export a run's policy as a Hugging Face folder that transformers loads, and push it if asked.
 
-python -m run.export --workdir=W --out=H [--step=N] [--dtype=bfloat16]
+python -m run.export --workdir=W --out=H [--step=N] [--dtype=bfloat16] [--push=ORG/NAME]
 
-H gets weights, tokenizer and r1re.json (template, limits, stop tokens), so that run.evaluate and
-run.extract build the same prompts from it. Without --step: the best checkpoint, where the run
-scored them, else the newest. Nothing is overwritten.
+H gets weights, tokenizer, a model card and r1re.json (template, limits, stop tokens), so that
+run.evaluate and run.extract build the same prompts from it. Without --step: the best checkpoint,
+where the run scored them, else the newest. Nothing is overwritten.
 """
 
 import pathlib
@@ -12,29 +12,55 @@ import sys
 
 from absl import app, flags
 
-from r1re_jax.policy import load_policy, save_policy
+from r1re_jax.launch.hub import check_push, push
+from r1re_jax.policy_files import load_policy, save_policy
+from r1re_jax.report.card import exported_step, model_card
 
-WORKDIR = flags.DEFINE_string("workdir", None, "folder of a run", required=True)
+WORKDIR = flags.DEFINE_string("workdir", None, "folder of a run, or another policy", required=True)
 OUT = flags.DEFINE_string("out", None, "folder to write, absent or empty", required=True)
 STEP = flags.DEFINE_integer("step", None, "of the checkpoint", lower_bound=0)
 DTYPE = flags.DEFINE_enum("dtype", "float32", ["float32", "bfloat16", "float16"], "of the weights")
+SHARD = flags.DEFINE_float("max_shard_gb", 5.0, "most GB of weights in a file", lower_bound=1e-6)
+LICENSE = flags.DEFINE_string("license", "", "of the policy; without it, the base model's if known")
+PUSH = flags.DEFINE_string("push", "", "ORG/NAME on the Hugging Face hub to upload the export to")
+PRIVATE = flags.DEFINE_bool("private", False, "make the pushed repository private")
+OVERWRITE = flags.DEFINE_bool("push_overwrite", False, "replace all that the repository holds")
+
+
+def export(out: pathlib.Path) -> None:
+    """Check, load, save and push."""
+    rights = {"private": PRIVATE.value, "overwrite": OVERWRITE.value}
+    if any(rights.values()) and not PUSH.value:
+        raise ValueError("--private and --push_overwrite say how to --push; give --push=ORG/NAME")
+    if out.is_dir() and any(out.iterdir()) or out.is_file():
+        raise ValueError(f"{out} exists and is not empty; nothing is overwritten, choose another")
+    if PUSH.value:
+        check_push(PUSH.value, **rights)
+    step = exported_step(WORKDIR.value, STEP.value)
+    policy = load_policy(WORKDIR.value, step=step)
+    card = model_card(
+        policy,
+        WORKDIR.value,
+        name=PUSH.value or out.absolute().name,
+        step=step,
+        dtype=DTYPE.value,
+        licence=LICENSE.value,
+    )
+    shard = int(SHARD.value * 1e9)
+    save_policy(policy, out, dtype=DTYPE.value, card=card, max_shard_bytes=shard)
+    print(f"exported {policy.provenance} to {out.absolute()}")
+    if PUSH.value:
+        print(f"pushed to {push(out, PUSH.value, **rights)}")
 
 
 def main(argv: list[str]) -> None:
-    """Load and save."""
+    """Export as the flags say."""
     if len(argv) > 1:
         raise app.UsageError(f"unexpected arguments {argv[1:]}")
-    out = pathlib.Path(OUT.value)
-    if out.is_dir() and any(out.iterdir()) or out.is_file():
-        sys.exit(
-            f"run.export: {out} exists and is not empty; nothing is overwritten, choose another"
-        )
     try:
-        policy = load_policy(WORKDIR.value, step=STEP.value)
-        save_policy(policy, out, dtype=DTYPE.value)
+        export(pathlib.Path(OUT.value))
     except (ValueError, OSError) as error:
         sys.exit(f"run.export: {error}")
-    print(f"exported {policy.provenance} to {out.absolute()}")
 
 
 if __name__ == "__main__":

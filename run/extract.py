@@ -15,7 +15,7 @@ from collections.abc import Iterator, Sequence
 from absl import app, flags
 
 from r1re_jax.annotate import extract
-from r1re_jax.policy import load_policy
+from r1re_jax.policy_files import load_policy
 from r1re_jax.task.readers import resolve_data
 from r1re_jax.task.relations import DataError, Example, load_guide, parse_tagged
 

@@ -19,6 +19,7 @@ from r1re_jax.report.progress import open_progress
 from r1re_jax.report.writers import JsonlWriter, TensorBoardWriter, Writer
 from r1re_jax.train.config import read_settings
 from r1re_jax.train.loop import Hooks, Outcome, run_training
+from r1re_jax.train.parity import ParityError
 from r1re_jax.train.settings import Settings
 from r1re_jax.train.signals import StopSignals
 from r1re_jax.train.update import NonFiniteError, SamplerDriftError
@@ -50,7 +51,7 @@ def train(config: Mapping[str, Any], workdir: pathlib.Path, *, again: str) -> Se
         try:
             settings = read_settings(config)
             outcome = run_training(settings, workdir, hooks=hooks)
-        except (ValueError, OSError, NonFiniteError, SamplerDriftError) as error:
+        except (ValueError, OSError, NonFiniteError, ParityError, SamplerDriftError) as error:
             sys.exit(f"run.train: {error}")
     _farewell(outcome, workdir, again)
     return settings

@@ -13,7 +13,8 @@ from r1re_jax import evaluate as evaluate_module
 from r1re_jax.annotate import Completion, Draw, annotate, extract, read_prompts
 from r1re_jax.evaluate import evaluate, majority_accuracy, weights_fingerprint
 from r1re_jax.model.tree import LimitError
-from r1re_jax.policy import Limits, Policy, load_policy, save_policy
+from r1re_jax.policy import Limits, Policy
+from r1re_jax.policy_files import load_policy, save_policy
 from r1re_jax.predictions import EvaluationError
 from r1re_jax.rollout import decode
 from r1re_jax.sharding import make_mesh

@@ -14,16 +14,10 @@ from flax import nnx
 import r1re_jax
 from r1re_jax import policy_source, sharding
 from r1re_jax.model.config import Family, ModelConfig
-from r1re_jax.model.hf import HFError, save_hf
+from r1re_jax.model.hf import save_hf
 from r1re_jax.model.weights import WeightsError
-from r1re_jax.policy import (
-    Limits,
-    Policy,
-    load_policy,
-    policy_config,
-    save_policy,
-    save_words,
-)
+from r1re_jax.policy import Limits, Policy
+from r1re_jax.policy_files import load_policy, policy_config, save_policy, save_words
 from r1re_jax.policy_source import PolicyError
 from r1re_jax.rollout.rollout import Rollout
 from r1re_jax.task.prompts import PromptEncoder, PromptTemplate
@@ -200,6 +194,18 @@ def test_a_saved_policy_comes_back_whole(policy: Policy, folder: pathlib.Path) -
     np.testing.assert_array_equal(loaded.logits([row])[0], policy.logits([row])[0])
     recipe = json.loads((folder / "r1re.json").read_text())
     assert set(recipe) == {"template", "limits", "stop_ids", "guide_sha256"}
+
+
+def test_a_card_is_written_where_one_is_given(
+    policy: Policy, folder: pathlib.Path, tmp_path: pathlib.Path
+) -> None:
+    assert not (folder / "README.md").exists()
+    save_policy(policy, tmp_path / "card", card="# Card\n", max_shard_bytes=20_000)
+    assert (tmp_path / "card" / "README.md").read_text() == "# Card\n"
+    assert len(list((tmp_path / "card").glob("model-*.safetensors"))) > 1
+    np.testing.assert_array_equal(
+        load_policy(tmp_path / "card").logits([[1]])[0], policy.logits([[1]])[0]
+    )
 
 
 def test_a_plain_hugging_face_folder_brings_its_stop_tokens(
@@ -393,7 +399,7 @@ def test_broken_files_are_named(folder: pathlib.Path, tmp_path: pathlib.Path) ->
 
 def test_a_foreign_folder_is_not_overwritten(policy: Policy, tmp_path: pathlib.Path) -> None:
     (tmp_path / "mine.txt").write_text("precious")
-    with pytest.raises(HFError, match="nothing is overwritten"):
+    with pytest.raises(WeightsError, match="nothing is overwritten"):
         save_policy(policy, tmp_path)
     assert (tmp_path / "mine.txt").read_text() == "precious"
 

@@ -1,4 +1,4 @@
-"""The commands evaluate, extract and report: what they print, write and refuse."""
+"""The commands evaluate, extract, export, report and doctor: what they print and refuse."""
 
 import importlib
 import io
@@ -12,11 +12,16 @@ import pytest
 from absl import flags
 
 from r1re_jax.model.config import Family
-from r1re_jax.policy import save_policy
+from r1re_jax.policy_files import save_policy
 from r1re_jax.task.readers import write_jsonl
+from r1re_jax.train.parity import BANDS, Gap, Parity, Way
+from r1re_jax.train.settings import Dtype
 from tests.drawn import drawn_tensors
+from tests.fake_hub import TOKEN, FakeHub, Repository
 from tests.gguf_files import as_metadata, write_gguf
+from tests.test_policy import make_workdir
 from tests.tiny import GUIDE, tiny_examples, tiny_policy
+from tests.train.world import config, write_inputs
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 LIMITS = ("--limits.guide=448", "--limits.question=128", "--limits.completion=10")
@@ -207,6 +212,74 @@ def test_extract_names_the_line_of_standard_input(
         command("extract", "--model=nowhere", inputs[1], "-")
 
 
+@pytest.fixture(scope="module")
+def workdir(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
+    """A run of which step 2 was best."""
+    place = tmp_path_factory.mktemp("run")
+    return make_workdir(tiny_policy(), place, {"1": 0.1, "2": 0.5, "10": 0.4})
+
+
+def test_export_writes_shards_and_a_card_that_name_what_was_exported(
+    command: Command,
+    workdir: pathlib.Path,
+    tmp_path: pathlib.Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    args = [f"--workdir={workdir}", f"--out={tmp_path / 'policy'}", "--dtype=bfloat16"]
+    command("export", *args, "--license=mit", "--max_shard_gb=1e-5")
+    assert "step 2 to" in capsys.readouterr().out
+    assert len(list((tmp_path / "policy").glob("*.safetensors"))) > 2
+    card = (tmp_path / "policy" / "README.md").read_text()
+    assert "license: mit" in card and "- **Step**: 2\n" in card and "# policy" in card
+    assert "weights in bfloat16" in card
+    with pytest.raises(SystemExit, match=r"run\.export: .*nothing is overwritten"):
+        command("export", *args)
+
+
+def test_export_pushes_and_says_where_to(
+    command: Command,
+    workdir: pathlib.Path,
+    tmp_path: pathlib.Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    hub = FakeHub().install(monkeypatch)
+    args = [f"--workdir={workdir}", f"--out={tmp_path / 'policy'}"]
+    command("export", *args, "--step=10", "--push=ann/reader", "--private")
+    printed = capsys.readouterr()
+    assert printed.out.splitlines()[-1] == "pushed to https://hub.test/ann/reader"
+    assert TOKEN not in printed.out + printed.err
+    there = hub.repositories["ann/reader"]
+    assert there.private and {"model.safetensors", "r1re.json", "README.md"} <= set(there.files)
+    assert "# ann/reader" in there.files["README.md"].decode()
+
+
+def test_export_refuses_a_push_before_it_does_anything(
+    command: Command, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    hub = FakeHub().install(monkeypatch, token=None)
+    args = ["--workdir=nowhere", f"--out={tmp_path / 'policy'}"]
+    with pytest.raises(SystemExit, match=r"run\.export: nobody is logged in"):
+        command("export", *args, "--push=ann/reader")
+    with pytest.raises(SystemExit, match=r"run\.export: 'ann' is no name on the hub"):
+        command("export", *args, "--push=ann")
+    with pytest.raises(SystemExit, match=r"run\.export: --private and --push_overwrite"):
+        command("export", *args, "--private")
+    FakeHub(repositories={"ann/reader": Repository(files={"a.bin": b""})}).install(monkeypatch)
+    with pytest.raises(SystemExit, match="holds what no export wrote"):
+        command("export", *args, "--push=ann/reader")
+    with pytest.raises(SystemExit, match="no policy 'nowhere'"):
+        command("export", *args, "--push=ann/reader", "--push_overwrite")
+    assert not (tmp_path / "policy").exists() and hub.calls == []
+
+
+def test_export_of_a_model_folder_has_a_short_card(
+    command: Command, model: pathlib.Path, tmp_path: pathlib.Path
+) -> None:
+    command("export", f"--workdir={model}", f"--out={tmp_path / 'policy'}")
+    assert "`tiny`, written anew" in (tmp_path / "policy" / "README.md").read_text()
+
+
 def test_report_prints_the_path(
     command: Command, tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -218,7 +291,14 @@ def test_report_prints_the_path(
 
 
 @pytest.mark.parametrize(
-    ("name", "shown"), [("evaluate", "--samples"), ("extract", "--guide"), ("report", "--workdir")]
+    ("name", "shown"),
+    [
+        ("evaluate", "--samples"),
+        ("extract", "--guide"),
+        ("export", "--push"),
+        ("report", "--workdir"),
+        ("doctor", "--json"),
+    ],
 )
 def test_help(name: str, shown: str) -> None:
     process = subprocess.run(
@@ -259,3 +339,49 @@ def test_a_flag_that_nothing_reads_is_refused(flag: str, message: str) -> None:
     assert process.returncode == 1
     assert message in process.stderr
     assert "Traceback" not in process.stderr
+
+
+def test_train_reports_that_sampler_and_trainer_disagree(
+    command: Command, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    apart = Gap(mean=0.25, max=float("nan"))
+    found = Parity(
+        dtype=Dtype.FLOAT32,
+        tokens=9,
+        gaps={(Way.DECODE, Way.TRAINING): apart},
+        band=BANDS[Dtype.FLOAT32],
+    )
+    monkeypatch.setattr("r1re_jax.train.parity.measure", lambda *args, **more: found)
+    values = config(write_inputs(tmp_path), sft__questions=8, grpo__questions=8)
+    train = importlib.import_module("run.train").train
+    with pytest.raises(SystemExit, match=r"run\.train: (?s:.*)mean 2\.50e-01, max nan"):
+        train(values, tmp_path / "run", again="")
+    assert not (tmp_path / "run").exists()
+
+
+def test_doctor_prints_and_writes_what_it_found(tmp_path: pathlib.Path) -> None:
+    write_inputs(tmp_path)
+    mesh = {"data": 4, "tensor": 2}
+    values = config(tmp_path, mesh=mesh, sft__questions=4, grpo__questions=4)
+    recipe = "from ml_collections import ConfigDict\ndef get_config():\n    return ConfigDict("
+    (tmp_path / "recipe.py").write_text(f"{recipe}{values!r})\n")
+
+    def doctor(*args: str) -> subprocess.CompletedProcess[str]:
+        found = tmp_path / "found.json"
+        more = [f"--config={tmp_path / 'recipe.py'}", f"--json={found}", *args]
+        command = [sys.executable, "-m", "run.doctor", *more]
+        return subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+
+    process = doctor(f"--workdir={tmp_path / 'run'}")
+    assert process.returncode == 0, process.stdout + process.stderr
+    assert process.stderr.splitlines()[-1] == "parity: ok"
+    assert "decode, training: mean " in process.stdout
+    found = json.loads((tmp_path / "found.json").read_text())
+    assert found["ok"] and {check["status"] for check in found["checks"]} == {"ok"}
+    assert not (tmp_path / "run").exists()
+    process = doctor("--config.grpo.grop=3")
+    assert process.returncode == 1
+    assert "did you mean grpo.group?" in process.stdout
+    assert "Traceback" not in process.stderr
+    found = json.loads((tmp_path / "found.json").read_text())
+    assert not found["ok"] and found["checks"][0]["status"] == "failed"

@@ -9,7 +9,8 @@ from flax import nnx
 from r1re_jax.model.config import preset
 from r1re_jax.model.initial import wire_reading
 from r1re_jax.model.qwen import Qwen
-from r1re_jax.policy import Limits, Policy, save_policy
+from r1re_jax.policy import Limits, Policy
+from r1re_jax.policy_files import save_policy
 from r1re_jax.task import miniworld
 from r1re_jax.task.miniworld.tokenizer import train_tokenizer
 from r1re_jax.task.prompts import PromptEncoder, PromptTemplate, sft_completion
@@ -57,7 +58,7 @@ def fresh_policy(
         The policy that was saved.
 
     Raises:
-        HFError: the folder holds something else.
+        WeightsError: the folder holds something else.
     """
     config = preset(name)
     tokenizer = train_tokenizer(corpus(seed=seed, steps=steps), vocab=config.vocab)

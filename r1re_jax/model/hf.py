@@ -22,7 +22,13 @@ from jax.sharding import Mesh
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
-from r1re_jax.model.hf_config import PRODUCER, HFError, config_from_hf, hf_config
+from r1re_jax.model.hf_config import (
+    PRODUCER,
+    WeightsError,
+    config_from_hf,
+    hf_config,
+    hf_generation,
+)
 from r1re_jax.model.names import NAMES, Form, Name
 from r1re_jax.model.qwen import Qwen, Remat, abstract_qwen
 from r1re_jax.model.weights import Stored, fill
@@ -51,18 +57,20 @@ def load_hf(
         mesh: where parameters go, by the sharding table; None: the first device.
 
     Raises:
-        HFError: no such folder, no or bad config.json, an architecture or file format that is not
-            supported, or files and tensors that do not fit, all named in one message.
+        WeightsError: no such folder, no or bad config.json, an architecture or file format that is
+            not supported, or files and tensors that do not fit, all named in one message.
     """
     folder = Path(folder)
     if not folder.is_dir():
-        raise HFError(f"no model folder {folder}: expected one with config.json and {ONE_FILE}")
+        raise WeightsError(
+            f"no model folder {folder}: expected one with config.json and {ONE_FILE}"
+        )
     try:
         config = config_from_hf(_read_json(folder / "config.json"))
-    except HFError as error:
-        raise HFError(f"{folder}: {error}") from None
+    except WeightsError as error:
+        raise WeightsError(f"{folder}: {error}") from None
     except ValueError as error:  # shapes that ModelConfig refuses
-        raise HFError(f"{folder / 'config.json'}: {error}") from None
+        raise WeightsError(f"{folder / 'config.json'}: {error}") from None
     # A tied model's head is its embedding; files that store it twice agree with themselves.
     doubled = {"lm_head.weight"} if config.tied else set()
     with contextlib.ExitStack() as stack:
@@ -79,13 +87,13 @@ def load_hf(
 
 def _read_json(path: Path) -> dict:
     if not path.is_file():
-        raise HFError(f"{path.name} is missing")
+        raise WeightsError(f"{path.name} is missing")
     try:
         content = json.loads(path.read_text("utf-8"))
     except ValueError as error:
-        raise HFError(f"{path.name} is not JSON: {error}") from None
+        raise WeightsError(f"{path.name} is not JSON: {error}") from None
     if not isinstance(content, dict):
-        raise HFError(f"{path.name} holds a {type(content).__name__}; expected a JSON object")
+        raise WeightsError(f"{path.name} holds a {type(content).__name__}; expected a JSON object")
     return content
 
 
@@ -94,16 +102,18 @@ def _open(folder: Path, stack: contextlib.ExitStack) -> dict[str, Stored]:
     if (folder / ONE_FILE).is_file():
         return _stored(folder / ONE_FILE, stack)
     if not (folder / INDEX).is_file():
-        raise HFError(f"{folder} has neither {ONE_FILE} nor {INDEX}; only safetensors are read")
+        raise WeightsError(
+            f"{folder} has neither {ONE_FILE} nor {INDEX}; only safetensors are read"
+        )
     index = _read_json(folder / INDEX).get("weight_map")
     if not (isinstance(index, dict) and all(isinstance(file, str) for file in index.values())):
-        raise HFError(f"{folder / INDEX} has no weight_map of tensor names to file names")
+        raise WeightsError(f"{folder / INDEX} has no weight_map of tensor names to file names")
     files = sorted(set(index.values()))
     if strange := [file for file in files if Path(file).name != file]:
-        raise HFError(f"{folder / INDEX} points outside its folder: {', '.join(strange)}")
+        raise WeightsError(f"{folder / INDEX} points outside its folder: {', '.join(strange)}")
     if absent := [file for file in files if not (folder / file).is_file()]:
         lost = [name for name, file in index.items() if file in absent]
-        raise HFError(
+        raise WeightsError(
             f"{folder} lacks {', '.join(absent)}, named by {INDEX}, with {len(lost)} tensors, the"
             f" first of them {lost[0]}; download it again"
         )
@@ -125,7 +135,7 @@ def _check_shard(folder: Path, file: str, names: set[str], index: Mapping[str, s
             + (f"has in {index[name]}" if name in index else "lacks")
             for name in sorted(names - said)
         ]
-        raise HFError(
+        raise WeightsError(
             f"{folder / file} is not the shard that {INDEX} describes; download it again:\n  "
             + "\n  ".join(problems)
         )
@@ -136,7 +146,7 @@ def _stored(path: Path, stack: contextlib.ExitStack) -> dict[str, Stored]:
     try:
         handle = stack.enter_context(safe_open(path, framework="np"))
     except SafetensorError as error:
-        raise HFError(
+        raise WeightsError(
             f"{path} is damaged or no safetensors file: {error}{_cut_off(path)}"
         ) from None
     tensors = {}
@@ -170,6 +180,7 @@ def save_hf(
     dtype: str = "float32",
     stop_ids: Sequence[int] = (),
     pad_id: int | None = None,
+    bos_id: int | None = None,
     max_shard_bytes: int = 5_000_000_000,
     overwrite: bool = False,
     also: Callable[[Path], None] | None = None,
@@ -185,16 +196,17 @@ def save_hf(
         dtype: float32, bfloat16 or float16.
         stop_ids: ids that end a completion.
         pad_id: id of the padding token.
+        bos_id: id of the token that begins a text.
         max_shard_bytes: above it the weights go into several files with an index.
         overwrite: replace the folder whatever it holds.
         also: called with the unfinished folder before the rename, to add files (tokenizer, …).
 
     Raises:
-        HFError: the folder is in use by something else, or the dtype is not supported.
+        WeightsError: the folder is in use by something else, or the dtype is not supported.
     """
     folder = Path(folder)
     if dtype not in FLOATS.values():
-        raise HFError(
+        raise WeightsError(
             f"cannot save weights as {dtype!r}; expected one of {', '.join(FLOATS.values())}"
         )
     if not overwrite:
@@ -207,12 +219,10 @@ def save_hf(
     try:
         _write_weights(model, beside, dtype=dtype, max_shard_bytes=max_shard_bytes)
         if beside is not None:
-            config = hf_config(model.config, dtype=dtype, stop_ids=stop_ids, pad_id=pad_id)
-            generation = {
-                key: config[key] for key in ("bos_token_id", "eos_token_id", "pad_token_id")
-            }
+            ids = {"stop_ids": stop_ids, "pad_id": pad_id, "bos_id": bos_id}
+            config = hf_config(model.config, dtype=dtype, **ids)
             _write_json(beside / "config.json", config)
-            _write_json(beside / "generation_config.json", generation)
+            _write_json(beside / "generation_config.json", hf_generation(config))
             if also is not None:
                 also(beside)
             beside.chmod(0o755)  # mkdtemp's folders are closed to others
@@ -228,7 +238,7 @@ def _refuse_foreign(folder: Path) -> None:
         return
     config = folder / "config.json"
     if not (config.is_file() and _read_json(config).get("producer") == PRODUCER):
-        raise HFError(
+        raise WeightsError(
             f"{folder} exists and was not written by an export: nothing is overwritten."
             " Choose another folder, or pass overwrite=True"
         )

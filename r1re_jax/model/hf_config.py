@@ -3,7 +3,7 @@
 from collections.abc import Mapping, Sequence
 
 from r1re_jax.model.config import Family, ModelConfig, RopeScaling
-from r1re_jax.model.weights import WeightsError as HFError
+from r1re_jax.model.weights import WeightsError
 
 ARCHITECTURES = {
     Family.QWEN2: "Qwen2ForCausalLM",
@@ -24,7 +24,7 @@ def config_from_hf(config: Mapping) -> ModelConfig:
     activations or biases) is refused.
 
     Raises:
-        HFError: another architecture, missing keys (all named) or unsupported settings (all named).
+        WeightsError: another architecture, missing keys or unsupported settings (all named).
     """
     family = _family(config)
     needed = (
@@ -35,10 +35,10 @@ def config_from_hf(config: Mapping) -> ModelConfig:
         "intermediate_size",
     )
     if missing := [key for key in needed if not isinstance(config.get(key), int)]:
-        raise HFError(f"config.json lacks whole numbers for: {', '.join(missing)}")
+        raise WeightsError(f"config.json lacks whole numbers for: {', '.join(missing)}")
     rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
     if problems := _unsupported(config, rope):
-        raise HFError(f"config.json asks for what is not implemented: {'; '.join(problems)}")
+        raise WeightsError(f"config.json asks for what is not implemented: {'; '.join(problems)}")
     heads, width = config["num_attention_heads"], config["hidden_size"]
     return ModelConfig(
         family=family,
@@ -63,7 +63,7 @@ def _family(config: Mapping) -> Family:
     known = kind in [family.value for family in Family]
     if not known or (architectures and ARCHITECTURES[Family(kind)] not in architectures):
         expected = ", ".join(f"{family.value!r} with {ARCHITECTURES[family]}" for family in Family)
-        raise HFError(
+        raise WeightsError(
             f"model_type {kind!r} with architectures {list(architectures)} is not supported;"
             f" expected {expected}"
         )
@@ -79,7 +79,7 @@ def _scaling(rope: Mapping) -> RopeScaling | None:
         return None
     keys = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
     if missing := [key for key in keys if not isinstance(rope.get(key), int | float)]:
-        raise HFError(f"rotary scaling 'llama3' lacks numbers for: {', '.join(missing)}")
+        raise WeightsError(f"rotary scaling 'llama3' lacks numbers for: {', '.join(missing)}")
     factor, low, high, context = (rope[key] for key in keys)
     return RopeScaling(
         factor=float(factor),
@@ -109,6 +109,7 @@ def hf_config(
     dtype: str = "float32",
     stop_ids: Sequence[int] = (),
     pad_id: int | None = None,
+    bos_id: int | None = None,
 ) -> dict:
     """Return the config.json that transformers' AutoModelForCausalLM accepts, versions 4 and 5.
 
@@ -117,6 +118,7 @@ def hf_config(
         dtype: in which the weights are written.
         stop_ids: ids that end a completion, the first being the usual one.
         pad_id: id of the padding token, where there is one.
+        bos_id: id of the token that begins a text, where there is one.
     """
     return {
         "architectures": [ARCHITECTURES[config.family]],
@@ -138,7 +140,7 @@ def hf_config(
         "tie_word_embeddings": config.tied,
         **_family_keys(config.family),
         "attention_dropout": 0.0,
-        "bos_token_id": None,
+        "bos_token_id": bos_id,
         "eos_token_id": _one_or_list(stop_ids),
         "pad_token_id": pad_id,
         "producer": PRODUCER,
@@ -171,3 +173,14 @@ def _family_keys(family: Family) -> dict:
 
 def _one_or_list(ids: Sequence[int]) -> int | list[int] | None:
     return (list(ids) if len(ids) > 1 else ids[0]) if ids else None
+
+
+def hf_generation(config: Mapping) -> dict:
+    """Return the generation_config.json that goes with a config.json of ours.
+
+    Decoding is greedy unless a caller asks for more: what a base model's own file says of sampling
+    was chosen for chats. No temperature stands beside it, since transformers warns of one that
+    `do_sample` makes void.
+    """
+    ids = {key: config[key] for key in ("bos_token_id", "eos_token_id", "pad_token_id")}
+    return {**ids, "do_sample": False}

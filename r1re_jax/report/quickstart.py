@@ -7,7 +7,8 @@ from typing import Any
 
 from rich.console import Console
 
-from r1re_jax.policy import load_policy, save_policy
+from r1re_jax.policy_files import load_policy, save_policy
+from r1re_jax.report.card import exported_step, model_card
 from r1re_jax.report.curves import save_curves
 from r1re_jax.report.history import Evaluation, History, read_history, read_rows
 from r1re_jax.report.html import write_report
@@ -44,7 +45,9 @@ def finish(workdir: pathlib.Path, *, export: pathlib.Path) -> Products:
     history = read_history(workdir)
     curves = save_curves(history, workdir / "curves")
     if not (export / "config.json").is_file():
-        save_policy(load_policy(str(workdir)), export)
+        step = exported_step(workdir, None)
+        policy = load_policy(workdir, step=step)
+        save_policy(policy, export, card=model_card(policy, workdir, name=export.name, step=step))
     return Products(
         report=write_report(workdir).absolute(),
         curves=tuple(path.absolute() for path in curves.values()),

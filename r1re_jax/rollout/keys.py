@@ -19,10 +19,11 @@ class Purpose(enum.StrEnum):
     TRAIN = "train"
     EVALUATE = "evaluate"
     GENERATE = "generate"
+    PARITY = "parity"
 
 
 # Written out, since these numbers are part of every key: a new purpose takes a new number.
-_TAGS = {Purpose.TRAIN: 1, Purpose.EVALUATE: 2, Purpose.GENERATE: 3}
+_TAGS = {Purpose.TRAIN: 1, Purpose.EVALUATE: 2, Purpose.GENERATE: 3, Purpose.PARITY: 4}
 
 
 def example_id(dataset: str, example: str) -> np.ndarray:

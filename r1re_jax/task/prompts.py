@@ -1,6 +1,7 @@
 """From guides and examples to tokens: a prompt in two levels, and completions.
 
-A prompt is the tokenizer's chat template around a system line and one user turn:
+A prompt is the tokenizer's chat template (a base model has none: then the words alone) around a
+system line and one user turn:
 
     instruction, guide, `Sentence:` | ` the <e1>tagged</e1> <e2>sentence</e2>`, end of turn, start
     of the answer
@@ -116,6 +117,7 @@ class PromptEncoder:
 
     Attributes:
       template: the words around guide and sentence.
+      chat_template: the tokenizer's, or `PLAIN` where it has none.
       stop_ids: the tokens that end a completion, the one used for training first.
       pad_id: fills arrays; may be one of `stop_ids`, so masks must come from lengths.
     """
@@ -139,6 +141,7 @@ class PromptEncoder:
           PromptError: a tokenizer for which the parts of a prompt cannot be told apart.
         """
         self.template = template
+        self.chat_template: str = getattr(tokenizer, "chat_template", None) or PLAIN
         self._tokenizer = tokenizer
         self._parsing = _backend(tokenizer)
         # A copy, because the setting belongs to the tokenizer's owner.
@@ -232,9 +235,8 @@ class PromptEncoder:
         )
         user = [*system, {"role": "user", "content": _SLOT}]
         answered = [*user, {"role": "assistant", "content": _SLOT}]
-        given = getattr(self._tokenizer, "chat_template", None)
         render = functools.partial(
-            self._tokenizer.apply_chat_template, tokenize=False, chat_template=given or PLAIN
+            self._tokenizer.apply_chat_template, tokenize=False, chat_template=self.chat_template
         )
         asked = render(user, add_generation_prompt=True)
         whole = render(answered, add_generation_prompt=False)

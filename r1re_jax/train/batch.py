@@ -1,11 +1,11 @@
 """A step's lessons as arrays, and their cut into micro-batches."""
 
 import dataclasses
+import math
 from collections.abc import Iterator, Sequence
 from typing import Any
 
 import jax
-import numpy as np
 from jax.sharding import Mesh, NamedSharding
 
 from r1re_jax import sharding
@@ -13,6 +13,7 @@ from r1re_jax.model.tree import Level, Tree, pad_level
 from r1re_jax.policy import Limits
 from r1re_jax.task.lessons import Lesson
 from r1re_jax.task.prompts import PromptEncoder
+from r1re_jax.train.settings import Settings
 
 
 @dataclasses.dataclass(frozen=True)
@@ -118,13 +119,30 @@ def spread_tree(tree: Tree, mesh: Mesh) -> Tree:
     return Tree(tree.guide, spread(tree.question, mesh), spread(tree.completion, mesh))
 
 
+def data_ways(mesh: Mesh) -> int:
+    """Return how many parts the questions of a tree are spread over."""
+    return math.prod(mesh.shape[axis] for axis in sharding.RULES["question"] or ())
+
+
+def check_batches(settings: Settings, *, mesh: Mesh) -> None:
+    """Refuse batches of any part of a run that the mesh cannot share evenly.
+
+    Raises:
+        ValueError: naming the keys to change.
+    """
+    if settings.evaluate.samples and settings.data.eval:
+        check_mesh(1, settings.evaluate.batch, 0, mesh=mesh, phase="evaluate")
+    for phase, of in settings.phases.items():
+        check_mesh(of.trees, of.questions, of.micro_batch, mesh=mesh, phase=phase.value)
+
+
 def check_mesh(trees: int, questions: int, micro_batch: int, *, mesh: Mesh, phase: str) -> None:
     """Refuse micro-batches whose questions cannot be shared evenly by the mesh.
 
     Raises:
         ValueError: naming the keys to change.
     """
-    ways = int(np.prod([mesh.shape[axis] for axis in sharding.RULES["question"] or ()]))
+    ways = data_ways(mesh)
     first = next(blocks(trees, questions, micro_batch))
     wide = first.questions.stop - first.questions.start
     if wide % ways:

@@ -21,6 +21,7 @@ SAFE_KEYS: dict[str, str] = {
     "log": "only what is written down",
     "mesh": "same sums, other devices",
     "model.remat": "same sums, other memory",
+    "model.parity_tokens": "only what is checked",
     "sft.micro_batch": "same sums, other memory",
     "grpo.micro_batch": "same sums, other memory",
     "grpo.chunk": "same tokens, other memory",

@@ -21,7 +21,7 @@ from r1re_jax.task.readers import (
 )
 from r1re_jax.task.relations import DataError, Example, Guide, load_guide
 from r1re_jax.train.data_settings import DataKind, EvalSetSettings, SourceSettings
-from r1re_jax.train.settings import Settings
+from r1re_jax.train.settings import Phase, Settings
 
 PACKAGED = "packaged:"
 
@@ -87,6 +87,17 @@ def open_training(settings: SourceSettings, *, seed: int) -> TrainingData:
     )
 
 
+def phase_source(settings: Settings, data: TrainingData, phase: Phase) -> Source:
+    """Return the lessons of a phase.
+
+    Raises:
+        ValueError: fewer examples than one step takes.
+    """
+    if phase is Phase.SFT:
+        return data.source(settings.sft.trees, settings.sft.questions)
+    return data.source(settings.grpo.trees, settings.grpo.questions_drawn)
+
+
 def open_sets(settings: Mapping[str, EvalSetSettings]) -> dict[str, EvalSet]:
     """Open the sets to evaluate on.
 
@@ -134,17 +145,11 @@ def check_prompts(
                 " first; neither a completion nor a reward can be made of them"
             )
     if data.guide is not None and settings.sft.steps:
-        pad_level(
-            [
-                encoder.completion_tokens(
-                    sft_completion(example, between_words=settings.sft.between_words)
-                )
-                for example in data.examples
-            ],
-            limit=limits.completion,
-            pad_id=encoder.pad_id,
-            name="completion",
-            names=[example.id for example in data.examples],
+        check_completions(
+            data.examples,
+            encoder=encoder,
+            limits=limits,
+            between_words=settings.sft.between_words,
         )
     for one in sets:
         check_levels(one.guide, one.examples, encoder=encoder, limits=settings.limits)
@@ -161,6 +166,26 @@ def check_levels(
     rows = [encoder.question_tokens(example) for example in examples]
     ids = [example.id for example in examples]
     pad_level(rows, limit=limits.question, name="question", names=ids, **pad)
+
+
+def check_completions(
+    examples: Sequence[Example],
+    *,
+    encoder: PromptEncoder,
+    limits: Limits,
+    between_words: int,
+) -> None:
+    """Refuse completions of the supervised warm start that are longer than their limit."""
+    pad_level(
+        [
+            encoder.completion_tokens(sft_completion(example, between_words=between_words))
+            for example in examples
+        ],
+        limit=limits.completion,
+        pad_id=encoder.pad_id,
+        name="completion",
+        names=[example.id for example in examples],
+    )
 
 
 def _read(

@@ -20,15 +20,23 @@ from absl import logging
 from jax.sharding import Mesh
 
 from r1re_jax.evaluate import evaluate
-from r1re_jax.policy import save_words
+from r1re_jax.policy_files import save_words
 from r1re_jax.task.lessons import Source
 from r1re_jax.train import grpo as grpo_phase
 from r1re_jax.train import sft as sft_phase
-from r1re_jax.train.batch import check_mesh
+from r1re_jax.train.batch import check_batches
 from r1re_jax.train.checkpoint import Checkpoints, Meta, keep_reference, load_reference
 from r1re_jax.train.config import configuration_hash
-from r1re_jax.train.data import EvalSet, TrainingData, check_prompts, open_sets, open_training
+from r1re_jax.train.data import (
+    EvalSet,
+    TrainingData,
+    check_prompts,
+    open_sets,
+    open_training,
+    phase_source,
+)
 from r1re_jax.train.optimizer import make_optimizer
+from r1re_jax.train.parity import check_run
 from r1re_jax.train.settings import EVAL_METRICS, Phase, Settings
 from r1re_jax.train.signals import Stopped
 from r1re_jax.train.start import Start, load_start, policy_of, run_mesh
@@ -123,6 +131,7 @@ def run_training(
 
     Raises:
         WorkdirError: the directory is of another configuration.
+        ParityError: sampler and trainer disagree before the first step; nothing was written.
         NonFiniteError: a loss or gradient is no finite number; nothing was updated with it, and
             nonfinite-<step>.json says what the step saw.
         ValueError: data, limits, policy or mesh that do not fit; see the parts.
@@ -130,12 +139,17 @@ def run_training(
     mesh = mesh or run_mesh(settings)
     data = open_training(settings.data.train, seed=settings.seed)
     sets = open_sets(settings.data.eval)
-    _check_phases(settings, data, mesh)
+    # Refused now and not when a phase begins.
+    check_batches(settings, mesh=mesh)
+    for phase in settings.phases:
+        phase_source(settings, data, phase)
     # Nothing is written before everything has been read: a slip leaves no work directory behind.
     check_workdir(workdir, settings, data=data.sha256)
     newest = newest_step(workdir)
     start = load_start(settings, mesh=mesh, guide=data.guide, fresh=newest is None)
     check_prompts(data, [*sets.values()], encoder=start.policy.encoder, settings=settings)
+    if newest is None:
+        check_run(settings, data, start)
     workdir = open_workdir(workdir, settings, data=data.sha256)
     if not (workdir / "policy" / "r1re.json").exists():
         save_words(start.policy, workdir / "policy")
@@ -239,16 +253,14 @@ class _Run:
             "limits": settings.training_limits,
             "encoder": start.policy.encoder,
             "layout": start.layout,
+            "source": phase_source(settings, self.data, phase),
         }
         trainer: Trainer
         if phase is Phase.SFT:
-            source = self.data.source(settings.sft.trees, settings.sft.questions)
-            trainer = sft_phase.make_sft(settings.sft, source=source, **shared)
+            trainer = sft_phase.make_sft(settings.sft, **shared)
         else:
-            source = self.data.source(settings.grpo.trees, settings.grpo.questions_drawn)
             trainer = grpo_phase.make_grpo(
                 settings.grpo,
-                source=source,
                 seed=settings.seed,
                 first=first,
                 reference=self._reference(start, state, step, first),
@@ -370,20 +382,6 @@ class _Run:
             pending=pending,
         )
         self.checkpoints.save(state, meta)
-
-
-def _check_phases(settings: Settings, data: TrainingData, mesh: Mesh) -> None:
-    """Refuse batches that the data or the mesh cannot give, now and not when a phase begins."""
-    if settings.evaluate.samples and settings.data.eval:
-        check_mesh(1, settings.evaluate.batch, 0, mesh=mesh, phase="evaluate")
-    sft, grpo = settings.sft, settings.grpo
-    for phase, of, drawn in (
-        (Phase.SFT, sft, sft.questions),
-        (Phase.GRPO, grpo, grpo.questions_drawn),
-    ):
-        if of.steps:
-            check_mesh(of.trees, of.questions, of.micro_batch, mesh=mesh, phase=phase.value)
-            data.source(of.trees, drawn)
 
 
 def _due(step: int, every: int) -> bool:

@@ -54,12 +54,19 @@ class ModelSettings:
         preset: name of a shape to start from random weights; needs `tokenizer`.
         dtype: what the forward computes in.
         remat: what the backward pass computes again.
+        parity_tokens: most completion tokens on which sampler and trainer are compared before the
+            first step, see `r1re_jax.train.parity`; 0 switches that off.
     """
 
     path: str = ""
     preset: str = ""
     dtype: Dtype = Dtype.FLOAT32
     remat: Remat = Remat.NONE
+    parity_tokens: int = 16
+
+    def __post_init__(self) -> None:
+        """Refuse a negative number of tokens."""
+        at_least(self, 0, "parity_tokens")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -343,6 +350,12 @@ class Settings:
     def steps(self) -> int:
         """Steps of both phases."""
         return self.sft.steps + self.grpo.steps
+
+    @property
+    def phases(self) -> dict[Phase, SFTSettings | GRPOSettings]:
+        """The phases that have steps, in order, with their settings."""
+        sections = {Phase.SFT: self.sft, Phase.GRPO: self.grpo}
+        return {phase: section for phase, section in sections.items() if section.steps}
 
     def phase_of(self, step: int) -> Phase:
         """Return what step number `step` (from 1) trains with."""

@@ -8,7 +8,8 @@ from jax.sharding import Mesh
 from r1re_jax import sharding
 from r1re_jax.model.config import preset
 from r1re_jax.model.qwen import Qwen, abstract_qwen
-from r1re_jax.policy import Policy, load_policy, policy_config
+from r1re_jax.policy import Policy
+from r1re_jax.policy_files import load_policy, policy_config
 from r1re_jax.task.prompts import PromptEncoder
 from r1re_jax.task.relations import Guide
 from r1re_jax.tokenizer import load_tokenizer

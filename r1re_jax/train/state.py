@@ -131,20 +131,28 @@ def flat_params(state: nnx.State) -> Params:
     return {name: variable.get_value() for name, variable in _flat(state).items()}
 
 
+def parameter_bytes(layout: Layout) -> tuple[int, int]:
+    """Return the bytes of all parameters, and of those on each device."""
+    total = local = 0
+    for shape in layout.shapes.values():
+        total += shape.size * shape.dtype.itemsize
+        local += math.prod(shape.sharding.shard_shape(shape.shape)) * shape.dtype.itemsize
+    return total, local
+
+
 def parameter_table(layout: Layout) -> str:
     """Return a line per parameter: name, shape, logical and mesh axes, bytes in all, per device."""
     rows = [("parameter", "shape", "axes", "mesh axes", "bytes", "per device")]
-    total = local = 0
     for name, shape in layout.shapes.items():
         size = shape.size * shape.dtype.itemsize
         mine = math.prod(shape.sharding.shard_shape(shape.shape)) * shape.dtype.itemsize
-        total, local = total + size, local + mine
         spec = " ".join(
             "+".join(axes) if isinstance(axes, tuple) else axes or "-"
             for axes in shape.sharding.spec
         )
         shown = "×".join(map(str, shape.shape))
         rows.append((name, shown, " ".join(layout.axes[name]), spec, f"{size:,}", f"{mine:,}"))
+    total, local = parameter_bytes(layout)
     rows.append(("total", "", "", "", f"{total:,}", f"{local:,}"))
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     return "\n".join(

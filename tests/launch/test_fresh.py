@@ -9,8 +9,9 @@ from hypothesis import strategies as st
 
 from r1re_jax.launch.fresh import LIMITS, TEMPLATE, corpus, fresh_policy
 from r1re_jax.model.config import preset
-from r1re_jax.model.hf_config import HFError
-from r1re_jax.policy import Policy, load_policy
+from r1re_jax.model.hf_config import WeightsError
+from r1re_jax.policy import Policy
+from r1re_jax.policy_files import load_policy
 from r1re_jax.task import miniworld
 from r1re_jax.task.miniworld.tokenizer import SPECIAL_TOKENS, train_tokenizer
 from tests.medical import medical_cues, medical_names, medical_words_in
@@ -58,7 +59,7 @@ def test_prompts_are_the_same_in_levels_and_whole(policy: Policy) -> None:
 
 def test_nothing_foreign_is_overwritten(tmp_path: pathlib.Path) -> None:
     (tmp_path / "notes.txt").write_text("mine")
-    with pytest.raises(HFError, match="nothing is overwritten"):
+    with pytest.raises(WeightsError, match="nothing is overwritten"):
         fresh_policy(tmp_path, steps=1)
     assert [path.name for path in tmp_path.iterdir()] == ["notes.txt"]
 

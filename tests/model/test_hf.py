@@ -14,9 +14,10 @@ from safetensors.numpy import load_file, save_file
 
 from r1re_jax.model import weights
 from r1re_jax.model.config import Family, ModelConfig
-from r1re_jax.model.hf import INDEX, HFError, load_hf, save_hf
+from r1re_jax.model.hf import INDEX, load_hf, save_hf
 from r1re_jax.model.names import NAMES
 from r1re_jax.model.qwen import Qwen, Remat, abstract_qwen
+from r1re_jax.model.weights import WeightsError
 from tests.drawn import drawn_model
 from tests.train.world import mesh_of
 
@@ -120,27 +121,28 @@ def test_loading_sets_what_the_forward_needs(folder: Path) -> None:
 
 def test_generation_config(folder: Path) -> None:
     content = json.loads((folder / "generation_config.json").read_text())
-    assert content == {"bos_token_id": None, "eos_token_id": [3, 4], "pad_token_id": 0}
+    ids = {"bos_token_id": None, "eos_token_id": [3, 4], "pad_token_id": 0}
+    assert content == {**ids, "do_sample": False}
 
 
 # What cannot be loaded.
 
 
 def test_missing_folder(tmp_path: Path) -> None:
-    with pytest.raises(HFError, match="no model folder .*nowhere.*config.json"):
+    with pytest.raises(WeightsError, match="no model folder .*nowhere.*config.json"):
         load_hf(tmp_path / "nowhere")
 
 
 def test_missing_config(folder: Path) -> None:
     (folder / "config.json").unlink()
-    with pytest.raises(HFError, match="config.json is missing"):
+    with pytest.raises(WeightsError, match="config.json is missing"):
         load_hf(folder)
 
 
 @pytest.mark.parametrize(("text", "error"), [("{", "is not JSON"), ("[]", "holds a list")])
 def test_broken_config(folder: Path, text: str, error: str) -> None:
     (folder / "config.json").write_text(text)
-    with pytest.raises(HFError, match=f"{folder.name}.*{error}"):
+    with pytest.raises(WeightsError, match=f"{folder.name}.*{error}"):
         load_hf(folder)
 
 
@@ -152,32 +154,36 @@ def change_config(folder: Path, **changes: object) -> None:
 
 def test_unsupported_architecture_names_the_folder(folder: Path) -> None:
     change_config(folder, model_type="gemma", architectures=["GemmaForCausalLM"])
-    with pytest.raises(HFError, match=r"model: model_type 'gemma'"):
+    with pytest.raises(WeightsError, match=r"model: model_type 'gemma'"):
         load_hf(folder)
 
 
 def test_impossible_shapes_name_the_file(folder: Path) -> None:
     change_config(folder, num_key_value_heads=3)
-    with pytest.raises(HFError, match=r"config.json: 2 query heads cannot share 3"):
+    with pytest.raises(WeightsError, match=r"config.json: 2 query heads cannot share 3"):
         load_hf(folder)
 
 
 def test_no_weights(folder: Path) -> None:
     (folder / WEIGHTS).rename(folder / "pytorch_model.bin")
-    with pytest.raises(HFError, match="neither model.safetensors nor .*only safetensors are read"):
+    with pytest.raises(
+        WeightsError, match="neither model.safetensors nor .*only safetensors are read"
+    ):
         load_hf(folder)
 
 
 def test_damaged_weights(folder: Path) -> None:
     content = (folder / WEIGHTS).read_bytes()
     (folder / WEIGHTS).write_bytes(content[: len(content) // 2])
-    with pytest.raises(HFError, match=r"model\.safetensors is damaged.*it ends before .*model\."):
+    with pytest.raises(
+        WeightsError, match=r"model\.safetensors is damaged.*it ends before .*model"
+    ):
         load_hf(folder)
     (folder / WEIGHTS).write_bytes(b"\x40" + content[1:])
-    with pytest.raises(HFError, match=r"model\.safetensors is damaged or no safetensors file"):
+    with pytest.raises(WeightsError, match=r"model\.safetensors is damaged or no safetensors file"):
         load_hf(folder)
     (folder / WEIGHTS).write_bytes(b"")
-    with pytest.raises(HFError, match=r"model\.safetensors is damaged or no safetensors file"):
+    with pytest.raises(WeightsError, match=r"model\.safetensors is damaged or no safetensors file"):
         load_hf(folder)
 
 
@@ -187,7 +193,8 @@ def test_numbers_that_are_not_finite_are_refused_by_name(folder: Path, number: f
     tensors["model.layers.1.mlp.up_proj.weight"][3, 2] = number
     save_file(tensors, folder / WEIGHTS)
     with pytest.raises(
-        HFError, match=r"model\.safetensors: model\.layers\.1\.mlp\.up_proj\.weight.*not finite"
+        WeightsError,
+        match=r"model\.safetensors: model\.layers\.1\.mlp\.up_proj\.weight.*not finite",
     ):
         load_hf(folder)
 
@@ -248,7 +255,7 @@ def test_all_mismatches_are_named_at_once(folder: Path) -> None:
     tensors["model.norm.weight"] = np.zeros(9, np.float32)
     tensors["model.layers.0.self_attn.q_proj.bias"] = np.zeros(8, np.int8)
     save_file(tensors, folder / WEIGHTS)
-    with pytest.raises(HFError) as error:
+    with pytest.raises(WeightsError) as error:
         load_hf(folder)
     message = str(error.value)
     for problem in (
@@ -274,7 +281,7 @@ def test_missing_shard(model: Qwen, tmp_path: Path) -> None:
     save_hf(model, tmp_path / "m", max_shard_bytes=1000)
     next((tmp_path / "m").glob("model-00002-*")).unlink()
     with pytest.raises(
-        HFError, match="lacks model-00002-of-.*the first of them model.*download it again"
+        WeightsError, match="lacks model-00002-of-.*the first of them model.*download it again"
     ):
         load_hf(tmp_path / "m")
 
@@ -287,7 +294,7 @@ def test_swapped_shards_are_named_with_their_tensors(model: Qwen, tmp_path: Path
     second.rename(first)
     (folder / "other").rename(second)
     held = sorted(load_file(first))
-    with pytest.raises(HFError) as error:
+    with pytest.raises(WeightsError) as error:
         load_hf(folder)
     message = str(error.value)
     assert f"{first} is not the shard that {INDEX} describes" in message
@@ -301,7 +308,7 @@ def test_a_shard_of_another_model(model: Qwen, tmp_path: Path) -> None:
     save_hf(model, folder, max_shard_bytes=1000)
     shard = sorted(folder.glob("*.safetensors"))[1]
     save_file({"model.extra": np.zeros(3, np.float32)}, shard)
-    with pytest.raises(HFError, match=r"holds model\.extra, which \S+ lacks"):
+    with pytest.raises(WeightsError, match=r"holds model\.extra, which \S+ lacks"):
         load_hf(folder)
 
 
@@ -309,7 +316,7 @@ def test_a_shard_of_another_model(model: Qwen, tmp_path: Path) -> None:
 def test_an_index_without_names(folder: Path, index: str) -> None:
     (folder / WEIGHTS).unlink()
     (folder / INDEX).write_text(index)
-    with pytest.raises(HFError, match="has no weight_map of tensor names"):
+    with pytest.raises(WeightsError, match="has no weight_map of tensor names"):
         load_hf(folder)
 
 
@@ -317,7 +324,7 @@ def test_index_may_not_point_outside(folder: Path) -> None:
     (folder / WEIGHTS).rename(folder.parent / WEIGHTS)
     index = {"weight_map": {"model.norm.weight": f"../{WEIGHTS}"}}
     (folder / INDEX).write_text(json.dumps(index))
-    with pytest.raises(HFError, match="points outside its folder"):
+    with pytest.raises(WeightsError, match="points outside its folder"):
         load_hf(folder)
 
 
@@ -327,7 +334,7 @@ def test_index_may_not_point_outside(folder: Path) -> None:
 def test_foreign_folder_is_not_overwritten(model: Qwen, folder: Path) -> None:
     change_config(folder, producer=None)
     before = {path.name: path.read_bytes() for path in folder.iterdir()}
-    with pytest.raises(HFError, match="was not written by an export"):
+    with pytest.raises(WeightsError, match="was not written by an export"):
         save_hf(model, folder)
     assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
     save_hf(model, folder, overwrite=True)
@@ -336,7 +343,7 @@ def test_foreign_folder_is_not_overwritten(model: Qwen, folder: Path) -> None:
 
 def test_a_file_is_not_overwritten(model: Qwen, tmp_path: Path) -> None:
     (tmp_path / "m").write_text("mine")
-    with pytest.raises(HFError, match="nothing is overwritten"):
+    with pytest.raises(WeightsError, match="nothing is overwritten"):
         save_hf(model, tmp_path / "m")
     assert (tmp_path / "m").read_text() == "mine"
 
@@ -370,6 +377,6 @@ def test_other_files_are_part_of_the_folder(model: Qwen, tmp_path: Path) -> None
 
 
 def test_unknown_dtype(model: Qwen, tmp_path: Path) -> None:
-    with pytest.raises(HFError, match="'int8'; expected one of float32, bfloat16, float16"):
+    with pytest.raises(WeightsError, match="'int8'; expected one of float32, bfloat16, float16"):
         save_hf(model, tmp_path / "m", dtype="int8")
     assert not list(tmp_path.iterdir())

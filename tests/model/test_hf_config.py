@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 
 from r1re_jax.model.config import PRESETS, Family, ModelConfig, RopeScaling
-from r1re_jax.model.hf import HFError, config_from_hf, hf_config
+from r1re_jax.model.hf_config import config_from_hf, hf_config, hf_generation
+from r1re_jax.model.weights import WeightsError
 
 SMALL = ModelConfig(
     vocab=50,
@@ -78,6 +79,13 @@ def test_stop_ids(ids: tuple[int, ...], written: int | list[int] | None) -> None
     assert hf_config(SMALL, stop_ids=ids, pad_id=0)["eos_token_id"] == written
 
 
+def test_generation_is_greedy_and_knows_the_special_tokens() -> None:
+    config = hf_config(SMALL, stop_ids=(7, 8), pad_id=0, bos_id=9)
+    assert config["bos_token_id"] == 9
+    ids = {"bos_token_id": 9, "eos_token_id": [7, 8], "pad_token_id": 0}
+    assert hf_generation(config) == {**ids, "do_sample": False}
+
+
 def test_missing_kv_heads_mean_multi_head_attention() -> None:
     config = config_from_hf({**PUBLISHED, "num_key_value_heads": None})
     assert config.kv_heads == config.query_heads == 14
@@ -90,7 +98,7 @@ def test_defaults_are_those_of_transformers() -> None:
 
 
 def test_another_architecture_is_refused() -> None:
-    with pytest.raises(HFError, match="model_type 'gemma'.*GemmaForCausalLM.*expected 'qwen2'"):
+    with pytest.raises(WeightsError, match="model_type 'gemma'.*GemmaForCausalLM.*expected"):
         config_from_hf({"model_type": "gemma", "architectures": ["GemmaForCausalLM"]})
 
 
@@ -171,7 +179,7 @@ def test_qwen3_has_heads_of_their_own_size() -> None:
     ],
 )
 def test_what_llama_may_not_ask_for(change: dict, message: str) -> None:
-    with pytest.raises(HFError, match=message):
+    with pytest.raises(WeightsError, match=message):
         config_from_hf({**LLAMA, **change})
 
 
@@ -181,12 +189,12 @@ def test_rotary_scaling_without_meaning_is_refused() -> None:
 
 
 def test_qwen2_with_another_head_is_refused() -> None:
-    with pytest.raises(HFError, match="Qwen2ForSequenceClassification"):
+    with pytest.raises(WeightsError, match="Qwen2ForSequenceClassification"):
         config_from_hf({**PUBLISHED, "architectures": ["Qwen2ForSequenceClassification"]})
 
 
 def test_missing_keys_are_all_named() -> None:
-    with pytest.raises(HFError, match="vocab_size, intermediate_size"):
+    with pytest.raises(WeightsError, match="vocab_size, intermediate_size"):
         config_from_hf({**PUBLISHED, "vocab_size": None, "intermediate_size": "big"})
 
 
@@ -196,7 +204,7 @@ def test_unsupported_settings_are_all_named() -> None:
         "use_sliding_window": True,
         "hidden_act": "gelu",
     }
-    with pytest.raises(HFError, match="'yarn'.*sliding-window.*'gelu'"):
+    with pytest.raises(WeightsError, match="'yarn'.*sliding-window.*'gelu'"):
         config_from_hf({**PUBLISHED, **settings})
 
 
@@ -208,5 +216,5 @@ def test_unsupported_settings_are_all_named() -> None:
     ],
 )
 def test_unsupported_settings_of_the_new_form(setting: dict) -> None:
-    with pytest.raises(HFError, match="not implemented"):
+    with pytest.raises(WeightsError, match="not implemented"):
         config_from_hf({**NEW_FORM, **setting})

@@ -11,7 +11,7 @@ from r1re_jax.model.config import Family, ModelConfig, RopeScaling
 from r1re_jax.model.gguf_file import gguf_config, load_gguf, open_gguf
 from r1re_jax.model.hf_config import hf_config
 from r1re_jax.model.qwen import Qwen
-from r1re_jax.policy import load_policy
+from r1re_jax.policy_files import load_policy
 from r1re_jax.tokenizer import gguf_tokenizer
 from tests.gguf_files import gguf_names, parted, write_gguf
 from tests.parity.test_transformers import logits, random_network, torch_logits

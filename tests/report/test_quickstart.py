@@ -8,7 +8,7 @@ from types import SimpleNamespace
 import pytest
 from rich.console import Console
 
-from r1re_jax.policy import save_policy
+from r1re_jax.policy_files import save_policy
 from r1re_jax.report import quickstart
 from r1re_jax.report.history import read_history
 from tests.tiny import tiny_policy
@@ -66,3 +66,11 @@ def test_finish_writes_report_and_curves_and_keeps_an_export(workdir: pathlib.Pa
     assert products.curves and all(path.suffix == ".png" for path in products.curves)
     assert products.export == export.absolute()
     assert (export / "model.safetensors").stat().st_mtime_ns == before
+
+
+def test_finish_exports_with_a_card(workdir: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(quickstart, "exported_step", lambda *_: 10)
+    monkeypatch.setattr(quickstart, "load_policy", lambda *_, step: tiny_policy())
+    (workdir / "policy").mkdir()
+    quickstart.finish(workdir, export=workdir / "export")
+    assert "| `in_domain` | 10 |" in (workdir / "export" / "README.md").read_text()

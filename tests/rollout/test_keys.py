@@ -50,7 +50,7 @@ def test_every_part_of_a_key_matters() -> None:
     ]
     tokens = [data(token_keys(keys, token)) for keys in rows for token in range(3)]
     flat = np.concatenate([array.reshape(-1, array.shape[-1]) for array in tokens])
-    assert len(np.unique(flat, axis=0)) == len(flat) == 2 * 3 * 2 * 3 * 3 * 3
+    assert len(np.unique(flat, axis=0)) == len(flat) == 2 * len(Purpose) * 2 * 3 * 3 * 3
 
 
 def test_large_numbers_keep_all_their_bits() -> None:

@@ -12,8 +12,9 @@ import numpy as np
 import pytest
 
 from r1re_jax.model.config import PRESETS
-from r1re_jax.policy import load_policy, load_tokenizer
+from r1re_jax.policy_files import load_policy
 from r1re_jax.task.rewards import Verdict
+from r1re_jax.tokenizer import load_tokenizer
 from r1re_jax.train import grpo as grpo_module
 from r1re_jax.train import loop as loop_module
 from r1re_jax.train.config import read_settings

@@ -121,6 +121,7 @@ def test_all_problems_are_told_at_once() -> None:
         ({"sft__steps": 0, "grpo__steps": 0}, "nothing to train"),
         ({"sft__steps": -1}, "steps is -1"),
         ({"model": {}}, "give model.path"),
+        ({"model__parity_tokens": -1}, "parity_tokens is -1; it must be at least 0"),
         ({"tokenizer": "somewhere"}, "model.path brings its own"),
         ({"model": {"preset": "nano"}}, "give `tokenizer`"),
         ({"limits__guide": 0}, "limits.guide is 0"),
@@ -221,3 +222,5 @@ def test_steps_are_counted_through_both_phases() -> None:
     settings = read_settings(_config(sft__steps=2, grpo__steps=3))
     assert settings.steps == 5
     assert [settings.phase_of(step) for step in range(1, 6)] == [Phase.SFT] * 2 + [Phase.GRPO] * 3
+    assert settings.phases == {Phase.SFT: settings.sft, Phase.GRPO: settings.grpo}
+    assert [*read_settings(_config(sft__steps=0)).phases] == [Phase.GRPO]

@@ -13,7 +13,8 @@ from jax.sharding import Mesh
 
 from r1re_jax import sharding
 from r1re_jax.model.qwen import Remat, abstract_qwen
-from r1re_jax.policy import Limits, save_policy
+from r1re_jax.policy import Limits
+from r1re_jax.policy_files import save_policy
 from r1re_jax.report.writers import JsonlWriter
 from r1re_jax.task.lessons import DatasetSource
 from r1re_jax.task.readers import write_jsonl

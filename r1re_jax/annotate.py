@@ -18,8 +18,8 @@ from r1re_jax.rollout.decode import prefill
 from r1re_jax.rollout.keys import Purpose, example_ids, row_keys
 from r1re_jax.rollout.rollout import Progress, generate
 from r1re_jax.rollout.sampling import SamplingSettings
-from r1re_jax.task.relations import Example, Guide
-from r1re_jax.task.rewards import parse_completion
+from r1re_jax.task.relations import Guide
+from r1re_jax.task.tasks import AnyExample
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -79,14 +79,14 @@ class Prompts:
     """
 
     guide: Guide
-    examples: tuple[Example, ...]
+    examples: tuple[AnyExample, ...]
     limits: Limits
     guide_level: Level
     questions: tuple[list[int], ...]
 
 
 def read_prompts(
-    policy: Policy, examples: Sequence[Example], guide: Guide, *, limits: Limits | None = None
+    policy: Policy, examples: Sequence[AnyExample], guide: Guide, *, limits: Limits | None = None
 ) -> Prompts:
     """Tokenise a guide and all examples before anything is computed.
 
@@ -119,7 +119,7 @@ def read_prompts(
 
 def annotate(
     policy: Policy, prompts: Prompts, draw: Draw, *, first: int = 0
-) -> Iterator[list[tuple[Example, list[Completion]]]]:
+) -> Iterator[list[tuple[AnyExample, list[Completion]]]]:
     """Yield batches of examples with their G completions, in order.
 
     A completion depends on its own example and key alone: to rounding, batch size, order and
@@ -143,7 +143,7 @@ def annotate(
 
 def extract(
     policy: Policy,
-    examples: Sequence[Example],
+    examples: Sequence[AnyExample],
     guide: Guide,
     *,
     temperature: float = 0.0,
@@ -151,13 +151,18 @@ def extract(
     batch: int = 8,
     limits: Limits | None = None,
 ) -> Iterator[dict[str, Any]]:
-    """Yield `{label, reasoning, text, problem}` of each example in order; gold labels are not read.
+    """Yield what the policy says of each example in order; gold answers are not read.
 
-    `label` is None where the completion `text` gives no label of the guide; `problem` says why.
+    Of a marked pair that is `{label, reasoning, text, problem}`, of a whole sentence `{entities,
+    triplets, reasoning, text, problem}`, as the policy's task has it. What is asked for is None
+    where the completion `text` does not give it; `problem` says why.
 
     Raises:
+        GuideError: the guide names no entity types, and the task needs them.
         LimitError: as `read_prompts`, before anything is computed.
     """
+    task = policy.encoder.task
+    schema = task.schema(guide)
     prompts = read_prompts(policy, examples, guide, limits=limits)
     draw = Draw(
         dataset="extract",
@@ -167,14 +172,8 @@ def extract(
         batch=min(batch, len(examples)),
     )
     for rows in annotate(policy, prompts, draw):
-        for _, (completion,) in rows:
-            parsed = parse_completion(completion.text, guide.schema)
-            yield {
-                "label": parsed.predicted,
-                "reasoning": parsed.reasoning,
-                "text": completion.text,
-                "problem": parsed.problem,
-            }
+        for example, (completion,) in rows:
+            yield task.extract(completion.text, example, schema)
 
 
 def _batch(
@@ -184,7 +183,7 @@ def _batch(
     prompts: Prompts,
     draw: Draw,
     which: slice,
-) -> list[tuple[Example, list[Completion]]]:
+) -> list[tuple[AnyExample, list[Completion]]]:
     """Draw one batch, filled up with questions of length 0 so that all have one shape."""
     encoder, examples = policy.encoder, prompts.examples[which]
     blank = draw.batch - len(examples)

@@ -33,19 +33,17 @@ from r1re_jax.predictions import (
     sha256,
 )
 from r1re_jax.rollout.rollout import Progress
-from r1re_jax.task.metrics import summarise
-from r1re_jax.task.relations import Example, Guide, Schema
-from r1re_jax.task.rewards import RewardTotals, relation_reward
+from r1re_jax.task.relations import Guide
+from r1re_jax.task.tasks import AnyExample, Task
 
 GREEDY = "greedy"
-TOTALS = RewardTotals()
 # Numbers of each parameter that tell one policy's weights from another's.
 PROBES = 64
 
 
 def evaluate(
     policy: Policy,
-    examples: Sequence[Example],
+    examples: Sequence[AnyExample],
     guide: Guide,
     *,
     name: str,
@@ -58,7 +56,6 @@ def evaluate(
     batch: int = 32,
     chunk: int = 32,
     limits: Limits | None = None,
-    totals: RewardTotals = TOTALS,
     protocol: str = "",
     model: str = "",
     data_sha256: str = "",
@@ -69,7 +66,7 @@ def evaluate(
     """Sample and judge completions of every example; return what metrics.json says.
 
     Args:
-        policy: what is evaluated.
+        policy: what is evaluated; its encoder knows the task, which judges and sums up.
         examples: with gold labels; ids differ.
         guide: of all examples.
         name: of the set, for random keys and messages.
@@ -83,7 +80,6 @@ def evaluate(
         batch: examples at a time; the last batch is filled up, so that one program serves all.
         chunk: tokens between two calls of `on_chunk`.
         limits: widths of the levels; None takes the policy's. Longer prompts are refused.
-        totals: reward of each outcome.
         protocol: which split and rules the figures are of; copied.
         model: what the policy is called; copied.
         data_sha256: of the data file; "" takes a hash of the examples.
@@ -95,19 +91,22 @@ def evaluate(
         EvaluationError: nothing to evaluate, settings without meaning, or a folder that holds an
             evaluation of another policy, data or settings.
         DataError: a gold label that the guide lacks.
+        GuideError: the guide names no entity types, and the task needs them.
         LimitError: guide or sentences longer than their limit, counted, the longest by name.
     """
     if temperature is None:
         temperature = 0.0 if samples == 1 else 1.0
-    _check(examples, guide.schema, samples=samples, temperature=temperature, batch=batch)
+    task = policy.encoder.task
+    schema = task.schema(guide)
+    _check(examples, task, schema, samples=samples, temperature=temperature, batch=batch)
     prompts = read_prompts(policy, examples, guide, limits=limits)
     shared = {"seed": seed, "step": step, "batch": batch, "chunk": chunk, "mesh": mesh}
     draw = Draw(dataset=name, samples=samples, temperature=temperature, on_chunk=on_chunk, **shared)
     folder = None if out is None else pathlib.Path(out)
-    rows = _predictions(policy, prompts, draw, totals, folder, on_batch)
-    metrics = summarise(
+    rows = _predictions(policy, prompts, draw, folder, on_batch)
+    metrics = task.summarise(
         rows,
-        schema=guide.schema,
+        schema,
         temperature=temperature,
         protocol=protocol,
         model=model,
@@ -118,7 +117,7 @@ def evaluate(
     if greedy:
         once = dataclasses.replace(draw, samples=1, temperature=0.0)
         if once != draw:
-            rows = _predictions(policy, prompts, once, totals, folder and folder / GREEDY, on_batch)
+            rows = _predictions(policy, prompts, once, folder and folder / GREEDY, on_batch)
         metrics["greedy_accuracy"] = _accuracy(rows)
     if folder is not None:
         replace(folder / METRICS, json.dumps(metrics, ensure_ascii=False, indent=1) + "\n")
@@ -130,15 +129,15 @@ def _accuracy(rows: Sequence[Row]) -> float:
     return sum(row["samples"][0]["correct"] for row in rows) / len(rows)
 
 
-def majority_accuracy(examples: Sequence[Example]) -> float:
-    """Accuracy of always giving the label that is right most often."""
-    counts = Counter(label for example in examples for label in example.gold)
+def majority_accuracy(examples: Sequence[AnyExample]) -> float:
+    """Accuracy of always giving the answer that is right most often."""
+    counts = Counter(answer for example in examples for answer in example.gold)
     return max(counts.values()) / len(examples)
 
 
-def examples_sha256(examples: Sequence[Example]) -> str:
-    """Hash of ids, texts, marks and gold labels."""
-    return sha256([[e.id, e.tagged, e.label, sorted(e.gold)] for e in examples])
+def examples_sha256(examples: Sequence[AnyExample]) -> str:
+    """Hash of ids, questions and gold answers."""
+    return sha256([[e.id, e.question, e.answer, sorted(e.gold)] for e in examples])
 
 
 def weights_fingerprint(params: nnx.State) -> str:
@@ -156,7 +155,13 @@ def weights_fingerprint(params: nnx.State) -> str:
 
 
 def _check(
-    examples: Sequence[Example], schema: Schema, *, samples: int, temperature: float, batch: int
+    examples: Sequence[AnyExample],
+    task: Task,
+    schema: Any,
+    *,
+    samples: int,
+    temperature: float,
+    batch: int,
 ) -> None:
     """Refuse what has no answer."""
     if not examples:
@@ -169,10 +174,9 @@ def _check(
             " temperature"
         )
     for example in examples:
-        if not example.label:
+        if not example.answer:
             raise EvaluationError(f"example {example.id} has no gold label to judge answers by")
-        for label in example.gold:
-            schema.check_label(label)
+        task.check(example, schema)
     counts = Counter(example.id for example in examples)
     repeated = [name for name, count in counts.items() if count > 1]
     if repeated:
@@ -182,7 +186,7 @@ def _check(
         )
 
 
-def _asked(policy: Policy, prompts: Prompts, draw: Draw, totals: RewardTotals) -> dict[str, Any]:
+def _asked(policy: Policy, prompts: Prompts, draw: Draw) -> dict[str, Any]:
     """Everything that a prediction depends on; equal for predictions that may stand in one file."""
     guide_tokens = prompts.guide_level.tokens[: prompts.guide_level.length].tolist()
     return {
@@ -191,7 +195,7 @@ def _asked(policy: Policy, prompts: Prompts, draw: Draw, totals: RewardTotals) -
         "guide": prompts.guide.sha256,
         "examples": examples_sha256(prompts.examples),
         "prompts": sha256([guide_tokens, *prompts.questions]),
-        "rewards": dataclasses.asdict(totals),
+        "rewards": dataclasses.asdict(policy.encoder.task.totals),
         "completion_limit": prompts.limits.completion,
         "name": draw.dataset,
         "samples": draw.samples,
@@ -205,16 +209,16 @@ def _predictions(
     policy: Policy,
     prompts: Prompts,
     draw: Draw,
-    totals: RewardTotals,
     folder: pathlib.Path | None,
     on_batch: Callable[[int, int], None] | None,
 ) -> list[Row]:
     """All rows in the order of the examples: those in the folder, and the others drawn now."""
-    rows: list[Row] = []
+    task, rows = policy.encoder.task, []
+    schema = task.schema(prompts.guide)
     if folder is not None:
-        rows = begin(folder, _asked(policy, prompts, draw, totals), prompts.examples)
+        rows = begin(folder, _asked(policy, prompts, draw), prompts.examples)
     for batch in annotate(policy, prompts, draw, first=len(rows)):
-        judged = [_row(*pair, prompts.guide.schema, totals) for pair in batch]
+        judged = [_row(*pair, task, schema) for pair in batch]
         if folder is not None:
             append(folder / PREDICTIONS, judged)
         rows += judged
@@ -223,13 +227,11 @@ def _predictions(
     return rows
 
 
-def _row(
-    example: Example, completions: Sequence[Completion], schema: Schema, totals: RewardTotals
-) -> Row:
+def _row(example: AnyExample, completions: Sequence[Completion], task: Task, schema: Any) -> Row:
     """One line of predictions.jsonl."""
     samples = []
     for completion in completions:
-        verdict = relation_reward(completion.text, example, schema, totals=totals)
+        verdict = task.judge(completion.text, example, schema)
         samples.append(
             {
                 "text": completion.text,
@@ -241,4 +243,4 @@ def _row(
                 "truncated": completion.truncated,
             }
         )
-    return {"id": example.id, "gold": example.label, "samples": samples}
+    return {"id": example.id, "gold": example.answer, "samples": samples}

@@ -21,6 +21,7 @@ from r1re_jax.rollout.keys import Purpose, example_id, row_keys
 from r1re_jax.rollout.rollout import generate
 from r1re_jax.rollout.sampling import SamplingSettings
 from r1re_jax.task.prompts import PromptEncoder
+from r1re_jax.task.tasks import Task
 
 # Completions that are drawn at a time, and fp32 logits that exist at a time (256 MB).
 ROWS, LOGITS = 512, 2**26
@@ -98,6 +99,10 @@ class Policy:
     @functools.cached_property
     def _split(self) -> tuple[nnx.GraphDef, nnx.State]:
         return nnx.split(self.model)
+
+    def for_task(self, task: Task) -> "Policy":
+        """Return the policy with a task's prompts; its own words stay where it was made for it."""
+        return dataclasses.replace(self, encoder=self.encoder.for_task(task))
 
     def logits(self, token_rows: Sequence[Sequence[int]]) -> list[np.ndarray]:
         """Return the fp32 logits [T, V] of every row of token ids, positions from 0.

@@ -26,7 +26,9 @@ from r1re_jax.policy_source import (
     read_json,
     restore,
 )
-from r1re_jax.task.prompts import PromptEncoder, PromptError, PromptTemplate
+from r1re_jax.task.prompts import PromptEncoder
+from r1re_jax.task.tasks import TaskKind, make_task
+from r1re_jax.task.templates import PromptError, PromptTemplate
 from r1re_jax.tokenizer import gguf_tokenizer, load_tokenizer
 
 RECIPE, CARD = "r1re.json", "README.md"
@@ -163,6 +165,8 @@ def _write_words(policy: Policy, folder: Path, *, card: str = "") -> None:
         "stop_ids": list(policy.encoder.stop_ids),
         "guide_sha256": dict(policy.guide_sha256),
     }
+    if policy.encoder.task.kind is not TaskKind.RELATION:
+        recipe["task"] = policy.encoder.task.kind.value
     text = json.dumps(recipe, ensure_ascii=False, indent=2) + "\n"
     (folder / RECIPE).write_text(text, "utf-8")
 
@@ -181,12 +185,15 @@ def _policy(model: Qwen, folder: Path, *, provenance: str) -> Policy:
         template = PromptTemplate.from_json(recipe["template"])
         limits = Limits(**recipe["limits"])
         stops, guides = recipe["stop_ids"], recipe["guide_sha256"]
+        # Not named where it is of marked pairs, as in recipes from before there were others.
+        kind = TaskKind(recipe.get("task", TaskKind.RELATION))
     except (KeyError, TypeError, ValueError) as error:
         raise PolicyError(f"{folder / RECIPE} cannot be used: {error!r}") from None
+    task = make_task(kind)
     return Policy(
         model=model,
         tokenizer=tokenizer,
-        encoder=PromptEncoder(tokenizer, template=template, stop_tokens=stops),
+        encoder=PromptEncoder(tokenizer, task=task, template=template, stop_tokens=stops),
         limits=limits,
         guide_sha256=guides,
         provenance=provenance,

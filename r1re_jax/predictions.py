@@ -11,7 +11,7 @@ import pathlib
 from collections.abc import Sequence
 from typing import Any
 
-from r1re_jax.task.relations import Example
+from r1re_jax.task.tasks import AnyExample
 
 ASKED, PREDICTIONS, METRICS = "evaluate.json", "predictions.jsonl", "metrics.json"
 # Sentences kept beside the predictions, so that a report can show what was asked.
@@ -24,7 +24,7 @@ class EvaluationError(ValueError):
     """An evaluation that cannot be made or gone on with; nothing was overwritten."""
 
 
-def begin(folder: pathlib.Path, asked: dict[str, Any], examples: Sequence[Example]) -> list[Row]:
+def begin(folder: pathlib.Path, asked: dict[str, Any], examples: Sequence[AnyExample]) -> list[Row]:
     """Make the folder ready and return the rows that it holds already.
 
     Args:
@@ -47,7 +47,7 @@ def begin(folder: pathlib.Path, asked: dict[str, Any], examples: Sequence[Exampl
                 f"{folder / name} is there without {ASKED}, so nobody knows what it is of; move it"
                 " away or choose another folder. Nothing was changed."
             )
-    sentences = {example.id: example.tagged for example in examples[:SENTENCES]}
+    sentences = {example.id: example.question for example in examples[:SENTENCES]}
     text = json.dumps({"asked": asked, "sentences": sentences}, ensure_ascii=False, indent=1)
     replace(note, text + "\n")
     return []
@@ -67,7 +67,7 @@ def _check_same(folder: pathlib.Path, before: dict[str, Any], now: dict[str, Any
         )
 
 
-def _resume(path: pathlib.Path, examples: Sequence[Example], samples: int) -> list[Row]:
+def _resume(path: pathlib.Path, examples: Sequence[AnyExample], samples: int) -> list[Row]:
     """Read the rows of an interrupted evaluation; a torn last line is cut off the file."""
     if not path.exists():
         return []

@@ -4,6 +4,7 @@ python -m run.evaluate --model=M --data=test.jsonl --guide=guide.md --out=O --sa
 
 Writes O/predictions.jsonl as it goes and O/metrics.json at the end; the same command goes on where
 it was interrupted. One sample (the default) is greedy; --samples=4 gives Avg@4 and Pass@4.
+--task=triplets asks for all entities and triplets of sentences without marks.
 """
 
 import contextlib
@@ -17,13 +18,15 @@ from r1re_jax.evaluate import evaluate
 from r1re_jax.policy_files import load_policy
 from r1re_jax.report.progress import open_progress
 from r1re_jax.report.summary import print_metrics
-from r1re_jax.task.readers import data_sha256, read_jsonl, resolve_data
+from r1re_jax.task.readers import data_sha256, resolve_data
 from r1re_jax.task.relations import load_guide
+from r1re_jax.task.tasks import TaskKind, make_task
 
 MODEL = flags.DEFINE_string("model", None, "model folder or work directory", required=True)
 DATA = flags.DEFINE_string("data", None, "examples, .jsonl or .jsonl.gz", required=True)
 GUIDE = flags.DEFINE_string("guide", None, "annotation guide, Markdown", required=True)
 OUT = flags.DEFINE_string("out", None, "folder for the results", required=True)
+TASK = flags.DEFINE_enum_class("task", TaskKind.RELATION, TaskKind, "what to ask under the guide")
 LIMIT = flags.DEFINE_integer("limit", 0, "only the first examples; 0 takes all", lower_bound=0)
 DTYPE = flags.DEFINE_enum("dtype", "float32", ["float32", "bfloat16"], "what to compute in")
 # Arguments of r1re_jax.evaluate.evaluate.
@@ -47,10 +50,11 @@ def main(argv: list[str]) -> None:
     if len(argv) > 1:
         raise app.UsageError(f"unexpected arguments {argv[1:]}")
     try:
+        task = make_task(TASK.value)
         guide = load_guide(resolve_data(GUIDE.value))
-        examples = read_jsonl(DATA.value, schema=guide.schema)[: LIMIT.value or None]
+        examples = task.read(DATA.value, task.schema(guide))[: LIMIT.value or None]
         how = {flag.name: flag.value for flag in HOW} | {"data_sha256": data_sha256(DATA.value)}
-        policy = load_policy(MODEL.value, dtype=DTYPE.value)
+        policy = load_policy(MODEL.value, dtype=DTYPE.value).for_task(task)
         limits = {flag.name.split(".")[1]: flag.value for flag in LIMITS if flag.value is not None}
         how["limits"] = dataclasses.replace(policy.limits, **limits)
         with contextlib.closing(open_progress(sys.stderr)) as progress:

@@ -2,9 +2,11 @@
 
 python -m run.extract --model=M --guide=guide.md "The <e1>storm</e1> broke the <e2>mast</e2>."
 python -m run.extract --model=M --guide=guide.md - < tagged_lines.txt
+python -m run.extract --model=M --guide=guide.md --task=triplets "The storm broke the mast."
 
 Prints {"label", "reasoning", "text", "problem"}; text is what the policy wrote. Where it gives no
-label of the guide, label is null and problem says why.
+label of the guide, label is null and problem says why. With --task=triplets all entities and
+triplets of a plain text: {"entities", "triplets", "reasoning", "text", "problem"}.
 """
 
 import dataclasses
@@ -17,10 +19,12 @@ from absl import app, flags
 from r1re_jax.annotate import extract
 from r1re_jax.policy_files import load_policy
 from r1re_jax.task.readers import resolve_data
-from r1re_jax.task.relations import DataError, Example, load_guide, parse_tagged
+from r1re_jax.task.relations import DataError, load_guide
+from r1re_jax.task.tasks import AnyExample, Task, TaskKind, make_task
 
 MODEL = flags.DEFINE_string("model", None, "model folder or work directory", required=True)
 GUIDE = flags.DEFINE_string("guide", None, "annotation guide, Markdown", required=True)
+TASK = flags.DEFINE_enum_class("task", TaskKind.RELATION, TaskKind, "what to ask under the guide")
 TEMPERATURE = flags.DEFINE_float("temperature", 0.0, "0 takes the likeliest token", lower_bound=0)
 SEED = flags.DEFINE_integer("seed", 0, "seed of the sampling", lower_bound=0)
 BATCH = flags.DEFINE_integer("batch", 8, "texts at a time", lower_bound=1)
@@ -32,12 +36,12 @@ LIMITS = [
 flags.FLAGS.set_gnu_getopt(True)  # flags may stand behind the text
 
 
-def tagged_examples(texts: Sequence[str]) -> Iterator[Example]:
-    """Yield the marked texts, for "-" those of standard input; DataError names a bad one."""
+def asked(texts: Sequence[str], task: Task) -> Iterator[AnyExample]:
+    """Yield the texts as examples, for "-" those of standard input; DataError names a bad one."""
     piped = list(texts) == ["-"]
     for number, text in enumerate(sys.stdin if piped else texts, start=1):
         try:
-            yield parse_tagged(text.rstrip("\r\n"), id=str(number))
+            yield task.asked(text.rstrip("\r\n"), id=str(number))
         except DataError as error:
             raise DataError(f"{'standard input' if piped else 'text'}:{number}: {error}") from None
 
@@ -47,9 +51,11 @@ def main(argv: list[str]) -> None:
     if len(argv) < 2:
         raise app.UsageError('give a text with <e1>…</e1> and <e2>…</e2>, or "-" to read lines')
     try:
+        task = make_task(TASK.value)
         guide = load_guide(resolve_data(GUIDE.value))
-        examples = list(tagged_examples(argv[1:]))
-        policy = load_policy(MODEL.value, dtype=DTYPE.value)
+        task.schema(guide)
+        examples = list(asked(argv[1:], task))
+        policy = load_policy(MODEL.value, dtype=DTYPE.value).for_task(task)
         limits = {flag.name.split(".")[1]: flag.value for flag in LIMITS if flag.value is not None}
         how = {"temperature": TEMPERATURE.value, "seed": SEED.value, "batch": BATCH.value}
         how["limits"] = dataclasses.replace(policy.limits, **limits)

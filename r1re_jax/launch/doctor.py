@@ -22,7 +22,7 @@ from rich.text import Text
 
 from r1re_jax.policy import Limits
 from r1re_jax.task.lessons import Lesson
-from r1re_jax.task.prompts import PromptEncoder, sft_completion
+from r1re_jax.task.prompts import PromptEncoder
 from r1re_jax.train.batch import blocks, check_batches
 from r1re_jax.train.config import configuration_hash, read_settings
 from r1re_jax.train.data import (
@@ -228,8 +228,9 @@ def _sizes(settings: Settings, of: SFTSettings | GRPOSettings) -> dict[str, str]
 
 
 def _data(settings: Settings) -> Finding:
-    data = open_training(settings.data.train, seed=settings.seed)
-    sets = open_sets(settings.data.eval)
+    task = settings.task_rules
+    data = open_training(settings.data.train, seed=settings.seed, task=task)
+    sets = open_sets(settings.data.eval, task=task)
     for phase in settings.phases:
         phase_source(settings, data, phase)
     known = "made as they are asked for"
@@ -308,7 +309,8 @@ def _longest(
         "question": [len(encoder.question_tokens(example)) for example in examples],
     }
     if between_words is not None:
-        texts = [sft_completion(example, between_words=between_words) for example in examples]
+        make = encoder.task.completion
+        texts = [make(example, between_words=between_words) for example in examples]
         lengths["completion"] = [len(encoder.completion_tokens(text)) for text in texts]
     return ", ".join(
         f"{level} {max(found, default=0)} of {getattr(limits, level)}"

@@ -12,8 +12,10 @@ from r1re_jax.model.qwen import Qwen
 from r1re_jax.policy import Limits, Policy
 from r1re_jax.policy_files import save_policy
 from r1re_jax.task import miniworld
+from r1re_jax.task.completions import sft_completion
 from r1re_jax.task.miniworld.tokenizer import train_tokenizer
-from r1re_jax.task.prompts import PromptEncoder, PromptTemplate, sft_completion
+from r1re_jax.task.prompts import PromptEncoder
+from r1re_jax.task.templates import PromptTemplate
 
 # Short, since every guide of a step is computed with it.
 TEMPLATE = PromptTemplate(

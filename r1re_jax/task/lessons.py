@@ -4,7 +4,8 @@ import functools
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
-from r1re_jax.task.relations import Example, Guide
+from r1re_jax.task.relations import Guide
+from r1re_jax.task.tasks import AnyExample
 
 
 @dataclass(frozen=True)
@@ -12,7 +13,7 @@ class Lesson:
     """One tree of a batch: a guide and the examples that are asked under it."""
 
     guide: Guide
-    examples: tuple[Example, ...]
+    examples: tuple[AnyExample, ...]
 
 
 class Source(Protocol):
@@ -43,7 +44,7 @@ class DatasetSource:
     """
 
     guide: Guide
-    examples: tuple[Example, ...]
+    examples: tuple[AnyExample, ...]
     questions: int = field(kw_only=True)
     trees: int = field(default=1, kw_only=True)
     seed: int = field(default=0, kw_only=True)

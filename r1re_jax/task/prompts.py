@@ -15,18 +15,28 @@ nothing, and the think, answer and e1 tags are ordinary words.
 """
 
 import copy
-import dataclasses
 import functools
 import re
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
 from typing import Any, Protocol
 
-from r1re_jax.task.relations import RESERVED_TAGS, DataError, Example, Guide
-from r1re_jax.task.rewards import ANSWER_CLOSE, ANSWER_OPEN, THINK_CLOSE, THINK_OPEN
+from r1re_jax.task.completions import BETWEEN_WORDS, NO_REASONING, plain_reasoning, sft_completion
+from r1re_jax.task.relations import Guide
+from r1re_jax.task.tasks import RELATION, AnyExample, Task
+from r1re_jax.task.templates import DEFAULT_TEMPLATE, PromptError, PromptTemplate
 
-NO_REASONING = "-"
-BETWEEN_WORDS = 12
+__all__ = [
+    "BETWEEN_WORDS",
+    "DEFAULT_TEMPLATE",
+    "NO_REASONING",
+    "PLAIN",
+    "ChatTokenizer",
+    "PromptEncoder",
+    "PromptError",
+    "PromptTemplate",
+    "plain_reasoning",
+    "sft_completion",
+]
 
 # How a base model is asked, whose tokenizer has no chat template: the words alone.
 PLAIN = (
@@ -40,10 +50,6 @@ _GUIDE_CACHE = 512
 _WHOLE_CHECKS = 64
 # Stands for the user's and the assistant's words while the chat template is taken apart.
 _SLOT = "r1re-slot"
-
-
-class PromptError(ValueError):
-    """A tokenizer, template or text of which no sound prompt can be made."""
 
 
 class ChatTokenizer(Protocol):
@@ -63,59 +69,11 @@ class ChatTokenizer(Protocol):
         ...
 
 
-@dataclass(frozen=True, kw_only=True)
-class PromptTemplate:
-    """The words around a guide and a sentence.
-
-    Attributes:
-      system: the system message; "" leaves it out (a chat template may then bring its own).
-      instruction: what the user's turn begins with.
-      cue: stands between the guide and the sentence; ends the level of the guide.
-    """
-
-    system: str
-    instruction: str
-    cue: str = "Sentence:"
-
-    def __post_init__(self) -> None:
-        """Refuses words that would move the boundary between the levels."""
-        for name in ("instruction", "cue"):
-            value = getattr(self, name)
-            if not value or value != value.strip():
-                raise PromptError(
-                    f"template {name} must be text without outer white space, found {value!r}"
-                )
-
-    def to_json(self) -> dict[str, str]:
-        """A JSON object that `from_json` reads."""
-        return dataclasses.asdict(self)
-
-    @classmethod
-    def from_json(cls, fields: dict[str, str]) -> "PromptTemplate":
-        """The template of a JSON object; PromptError for unknown, missing or non-text fields."""
-        expected = {field.name for field in dataclasses.fields(cls)}
-        if set(fields) != expected or not all(isinstance(value, str) for value in fields.values()):
-            raise PromptError(
-                f"a prompt template has the text fields {sorted(expected)}, found {fields}"
-            )
-        return cls(**fields)
-
-
-DEFAULT_TEMPLATE = PromptTemplate(
-    system="You annotate relations between two marked mentions.",
-    instruction=(
-        "Read the guide, then label the pair <e1>, <e2> in the sentence. Reason inside "
-        "<think></think>, then give one label of the guide inside <answer></answer>: "
-        "Relation(e1,e2) if e1 is X, Relation(e2,e1) if e2 is X, or the bare name where a label "
-        "has no direction."
-    ),
-)
-
-
 class PromptEncoder:
     """Guides, examples and completions to tokens, and back.
 
     Attributes:
+      task: what is asked under a guide.
       template: the words around guide and sentence.
       chat_template: the tokenizer's, or `PLAIN` where it has none.
       stop_ids: the tokens that end a completion, the one used for training first.
@@ -126,21 +84,24 @@ class PromptEncoder:
         self,
         tokenizer: ChatTokenizer,
         *,
-        template: PromptTemplate = DEFAULT_TEMPLATE,
+        task: Task = RELATION,
+        template: PromptTemplate | None = None,
         stop_tokens: Sequence[str | int] = (),
     ) -> None:
         """Takes the chat template apart.
 
         Args:
           tokenizer: a fast tokenizer with a chat template.
-          template: the words around guide and sentence.
+          task: what is asked under a guide.
+          template: the words around guide and sentence; None takes the task's.
           stop_tokens: further stop tokens, by id or by text, such as `eos_token_id` of a
             generation config.
 
         Raises:
           PromptError: a tokenizer for which the parts of a prompt cannot be told apart.
         """
-        self.template = template
+        self.task = task
+        self.template = template or task.template
         self.chat_template: str = getattr(tokenizer, "chat_template", None) or PLAIN
         self._tokenizer = tokenizer
         self._parsing = _backend(tokenizer)
@@ -156,15 +117,26 @@ class PromptEncoder:
         self._check_literal()
         self._guide_level = functools.lru_cache(maxsize=_GUIDE_CACHE)(self._encode_guide)
 
+    def for_task(self, task: Task) -> "PromptEncoder":
+        """An encoder of another task's prompts; of the same task it keeps its own words."""
+        if task == self.task:
+            return self
+        return PromptEncoder(
+            self._tokenizer,
+            task=task,
+            template=self.template if task.kind is self.task.kind else None,
+            stop_tokens=self.stop_ids,
+        )
+
     def guide_tokens(self, guide: Guide) -> list[int]:
         """The level that all questions of a guide share; the guide's text is stripped."""
         return list(self._guide_level(guide.text))
 
-    def question_tokens(self, example: Example) -> list[int]:
+    def question_tokens(self, example: AnyExample) -> list[int]:
         """The level of one sentence, up to where the policy begins to write."""
         return self._text_tokens(self._question_text(example)) + self._tail
 
-    def prompt_tokens(self, guide: Guide, example: Example) -> list[int]:
+    def prompt_tokens(self, guide: Guide, example: AnyExample) -> list[int]:
         """Both levels, one behind the other."""
         return self.guide_tokens(guide) + self.question_tokens(example)
 
@@ -184,7 +156,7 @@ class PromptEncoder:
             kept, skip_special_tokens=False, clean_up_tokenization_spaces=False
         )
 
-    def check(self, guide: Guide, examples: Iterable[Example]) -> None:
+    def check(self, guide: Guide, examples: Iterable[AnyExample]) -> None:
         """Compares the levels' tokens with those of whole prompts.
 
         Some prompts, evenly spread, are taken whole; of the others only the end of the guide level
@@ -201,7 +173,7 @@ class PromptEncoder:
         self._compare(end, self._text_tokens(end), guide, examples)
 
     def _compare(
-        self, start: str, start_tokens: list[int], guide: Guide, examples: list[Example]
+        self, start: str, start_tokens: list[int], guide: Guide, examples: list[AnyExample]
     ) -> None:
         """Raises where `start` and a question have other tokens together than apart."""
         questions = [self._question_text(example) for example in examples]
@@ -216,8 +188,8 @@ class PromptEncoder:
     def _guide_text(self, text: str) -> str:
         return f"{self.template.instruction}\n\n{text.strip()}\n\n{self.template.cue}"
 
-    def _question_text(self, example: Example) -> str:
-        return f" {example.tagged}{self._trail}"
+    def _question_text(self, example: AnyExample) -> str:
+        return f" {example.question}{self._trail}"
 
     def _encode_guide(self, text: str) -> tuple[int, ...]:
         return tuple(self._head + self._text_tokens(self._lead + self._guide_text(text)))
@@ -307,54 +279,6 @@ class PromptEncoder:
                 )
 
 
-def sft_completion(
-    example: Example, *, reasoning: bool = True, between_words: int = BETWEEN_WORDS
-) -> str:
-    """The completion that a supervised warm start teaches.
-
-    Args:
-      example: an example with a label.
-      reasoning: the example's own reasoning, or `plain_reasoning` where it has none; False teaches
-        the bare format, with a dash for a thought (blank thoughts are malformed).
-      between_words: of `plain_reasoning`.
-
-    Returns:
-      `<think>…</think><answer>label</answer>`.
-
-    Raises:
-      DataError: an example without label, or whose reasoning is blank or holds a tag.
-    """
-    if not example.label:
-        raise DataError(f"example {example.id} has no label; a completion to learn from needs one")
-    thoughts = NO_REASONING
-    if reasoning:
-        thoughts = (
-            plain_reasoning(example, between_words=between_words)
-            if example.reasoning is None
-            else example.reasoning.strip()
-        )
-    if not thoughts or any(tag in thoughts for tag in RESERVED_TAGS):
-        raise DataError(
-            f"the reasoning of example {example.id} must neither be blank nor hold "
-            f"{' '.join(RESERVED_TAGS)}, found {thoughts!r}"
-        )
-    return f"{THINK_OPEN}{thoughts}{THINK_CLOSE}{ANSWER_OPEN}{example.label}{ANSWER_CLOSE}"
-
-
-def plain_reasoning(example: Example, *, between_words: int = BETWEEN_WORDS) -> str:
-    """A short thought where none is given: the words between the mentions, and the label's line.
-
-    Args:
-      example: an example with a label.
-      between_words: at most so many words are quoted.
-    """
-    words = example.between.split()
-    middle = " ".join(words[:between_words]) + (" ..." if len(words) > between_words else "")
-    name = example.label.partition("(")[0]
-    thought = f"Cue: {middle or 'nothing between'}\n- **{name}**"
-    return re.sub("|".join(map(re.escape, RESERVED_TAGS)), "", thought)
-
-
 def _backend(tokenizer: ChatTokenizer) -> Any:
     """An own copy of the fast tokenizer, without padding or truncation."""
     backend = getattr(tokenizer, "backend_tokenizer", None)
@@ -369,7 +293,7 @@ def _backend(tokenizer: ChatTokenizer) -> Any:
     return backend
 
 
-def _difference(example: Example, guide: Guide, levels: list[int], whole: list[int]) -> str:
+def _difference(example: AnyExample, guide: Guide, levels: list[int], whole: list[int]) -> str:
     """Says where two rows of tokens part."""
     pairs = zip(levels, whole, strict=False)
     place = next(

@@ -10,20 +10,25 @@ from r1re_jax.model.tree import pad_level
 from r1re_jax.policy import Limits
 from r1re_jax.task import miniworld
 from r1re_jax.task.lessons import DatasetSource, Source
-from r1re_jax.task.prompts import PromptEncoder, sft_completion
+from r1re_jax.task.prompts import PromptEncoder
 from r1re_jax.task.readers import (
     data_sha256,
     load_hub_semeval2010,
     packaged_guide,
-    read_jsonl,
     read_semeval2010,
     resolve_data,
 )
-from r1re_jax.task.relations import DataError, Example, Guide, load_guide
+from r1re_jax.task.relations import DataError, Guide, load_guide
+from r1re_jax.task.tasks import RELATION, AnyExample, Task, TaskKind
 from r1re_jax.train.data_settings import DataKind, EvalSetSettings, SourceSettings
 from r1re_jax.train.settings import Phase, Settings
 
 PACKAGED = "packaged:"
+# What miniworld writes for each task: lessons, and a held-out set.
+WORLDS: dict[TaskKind, tuple[Callable[..., Source], Callable[..., Any]]] = {
+    TaskKind.RELATION: (miniworld.source, miniworld.examples),
+    TaskKind.TRIPLETS: (miniworld.triplet_source, miniworld.triplet_examples),
+}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -39,7 +44,7 @@ class TrainingData:
 
     source: Callable[[int, int], Source]
     guide: Guide | None
-    examples: tuple[Example, ...]
+    examples: tuple[AnyExample, ...]
     sha256: Mapping[str, str]
 
 
@@ -56,27 +61,28 @@ class EvalSet:
 
     name: str
     guide: Guide
-    examples: tuple[Example, ...]
+    examples: tuple[AnyExample, ...]
     sha256: str
 
 
-def open_training(settings: SourceSettings, *, seed: int) -> TrainingData:
+def open_training(settings: SourceSettings, *, seed: int, task: Task = RELATION) -> TrainingData:
     """Open what to train on; the one place where the kinds of sources are told apart.
 
     Raises:
         DataError: a file that is missing, empty or breaks the data contract.
-        GuideError: a guide that cannot be read.
+        GuideError: a guide that cannot be read, or lacks what the task needs.
         ValueError: options that miniworld's source does not take.
     """
     if settings.kind is DataKind.MINIWORLD:
-        _check_options(miniworld.source, settings.options, own=("trees", "questions", "seed"))
+        make, _ = WORLDS[task.kind]
+        _check_options(make, settings.options, own=("trees", "questions", "seed"))
 
         def world(trees: int, questions: int) -> Source:
-            return miniworld.source(trees=trees, questions=questions, seed=seed, **settings.options)
+            return make(trees=trees, questions=questions, seed=seed, **settings.options)
 
         world(1, 1)  # refuses bad values now and not when a phase begins
         return TrainingData(source=world, guide=None, examples=(), sha256={})
-    guide, examples, hashes = _read(settings, split="train")
+    guide, examples, hashes = _read(settings, task, split="train")
     return TrainingData(
         source=lambda trees, questions: DatasetSource(
             guide, examples, trees=trees, questions=questions, seed=seed
@@ -98,23 +104,26 @@ def phase_source(settings: Settings, data: TrainingData, phase: Phase) -> Source
     return data.source(settings.grpo.trees, settings.grpo.questions_drawn)
 
 
-def open_sets(settings: Mapping[str, EvalSetSettings]) -> dict[str, EvalSet]:
+def open_sets(
+    settings: Mapping[str, EvalSetSettings], *, task: Task = RELATION
+) -> dict[str, EvalSet]:
     """Open the sets to evaluate on.
 
     Raises:
         DataError: a file that is missing, empty or breaks the data contract.
-        GuideError: a guide that cannot be read.
+        GuideError: a guide that cannot be read, or lacks what the task needs.
     """
-    return {name: _open_set(name, one) for name, one in settings.items()}
+    return {name: _open_set(name, one, task) for name, one in settings.items()}
 
 
-def _open_set(name: str, settings: EvalSetSettings) -> EvalSet:
+def _open_set(name: str, settings: EvalSetSettings, task: Task) -> EvalSet:
     if settings.kind is DataKind.MINIWORLD:
-        _check_options(miniworld.examples, settings.options)
-        guide, examples = miniworld.examples(**settings.options)
+        _, make = WORLDS[task.kind]
+        _check_options(make, settings.options)
+        guide, examples = make(**settings.options)
         hashes: dict[str, str] = {}
     else:
-        guide, examples, hashes = _read(settings, split="test")
+        guide, examples, hashes = _read(settings, task, split="test")
     examples = tuple(examples)[: settings.limit or None]
     return EvalSet(name=name, guide=guide, examples=examples, sha256=hashes.get(settings.path, ""))
 
@@ -138,7 +147,7 @@ def check_prompts(
     limits = settings.training_limits
     if data.guide is not None:
         check_levels(data.guide, data.examples, encoder=encoder, limits=limits)
-        blank = [example.id for example in data.examples if not example.label]
+        blank = [example.id for example in data.examples if not example.answer]
         if blank:
             raise DataError(
                 f"{len(blank)} of {len(data.examples)} training examples have no label, {blank[0]}"
@@ -156,7 +165,7 @@ def check_prompts(
 
 
 def check_levels(
-    guide: Guide, examples: Sequence[Example], *, encoder: PromptEncoder, limits: Limits
+    guide: Guide, examples: Sequence[AnyExample], *, encoder: PromptEncoder, limits: Limits
 ) -> None:
     """Refuse a guide or sentences that are longer than their limits, or split at a bad place."""
     encoder.check(guide, examples)
@@ -169,7 +178,7 @@ def check_levels(
 
 
 def check_completions(
-    examples: Sequence[Example],
+    examples: Sequence[AnyExample],
     *,
     encoder: PromptEncoder,
     limits: Limits,
@@ -178,7 +187,7 @@ def check_completions(
     """Refuse completions of the supervised warm start that are longer than their limit."""
     pad_level(
         [
-            encoder.completion_tokens(sft_completion(example, between_words=between_words))
+            encoder.completion_tokens(encoder.task.completion(example, between_words=between_words))
             for example in examples
         ],
         limit=limits.completion,
@@ -189,12 +198,17 @@ def check_completions(
 
 
 def _read(
-    settings: SourceSettings | EvalSetSettings, *, split: str
-) -> tuple[Guide, tuple[Example, ...], dict[str, str]]:
+    settings: SourceSettings | EvalSetSettings, task: Task, *, split: str
+) -> tuple[Guide, tuple[AnyExample, ...], dict[str, str]]:
     """Read guide and examples of a file (or of the hub), and hashes of the files by their names."""
     if settings.options:
         raise DataError(
             f"data of kind {settings.kind} has no options, found {dict(settings.options)}"
+        )
+    if settings.kind is DataKind.SEMEVAL2010 and task.kind is not TaskKind.RELATION:
+        raise DataError(
+            f"data of kind {settings.kind} has marked pairs, which the task {task.kind} does not"
+            f" take; expected {DataKind.JSONL} or {DataKind.MINIWORLD}"
         )
     hashes = {}
     if settings.kind is DataKind.SEMEVAL2010 and not settings.guide:
@@ -210,7 +224,7 @@ def _read(
         for example in examples:
             guide.schema.check_label(example.label)
     else:
-        examples = read_jsonl(settings.path, schema=guide.schema)
+        examples = task.read(settings.path, task.schema(guide))
     hashes[settings.path] = data_sha256(settings.path)
     return guide, tuple(examples), hashes
 

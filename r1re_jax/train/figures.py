@@ -36,7 +36,7 @@ def completion_rows(groups: Groups, advantage_NPG: np.ndarray) -> tuple[dict[str
     return tuple(
         {
             "id": groups.examples[tree, question].id,
-            "gold": groups.examples[tree, question].label,
+            "gold": groups.examples[tree, question].answer,
             "samples": [
                 _sample(groups, (tree, question, sample), advantage_NPG)
                 for sample in range(samples)
@@ -75,6 +75,9 @@ def sampling_metrics(groups: Groups) -> dict[str, float]:
         "length": float(rollout.length.mean()),
         "length_max": float(rollout.length.max()),
         "truncated": float(rollout.truncated.mean()),
+    } | {
+        name: float(np.mean([verdict.figures[name] for verdict in verdicts]))
+        for name in verdicts[0].figures
     }
 
 

@@ -8,7 +8,7 @@ import numpy as np
 
 from r1re_jax.model.tree import Level
 from r1re_jax.rollout.rollout import Rollout
-from r1re_jax.task.relations import Example
+from r1re_jax.task.tasks import AnyExample
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -16,11 +16,11 @@ class Groups:
     """P questions of each of N guides, G completions of each question.
 
     Attributes:
-        examples: [N, P] `Example`s.
+        examples: [N, P] examples.
         question: their tokens [N, P, Q].
         rollout: the completions [N, P, G].
         texts: [N, P, G] strings.
-        verdicts: [N, P, G] `Verdict`s.
+        verdicts: [N, P, G] verdicts.
         reward: [N, P, G] fp32.
     """
 
@@ -49,7 +49,7 @@ def join(groups: Sequence[Groups]) -> Groups:
     return _map(lambda *arrays: np.concatenate(arrays, axis=1), *groups)
 
 
-def as_examples(rows: Sequence[Sequence[Example]]) -> np.ndarray:
+def as_examples(rows: Sequence[Sequence[AnyExample]]) -> np.ndarray:
     """Return [N, P] examples as an array of objects."""
     out = np.empty((len(rows), len(rows[0])), object)
     for tree, row in enumerate(rows):

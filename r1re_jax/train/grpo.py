@@ -30,6 +30,7 @@ from r1re_jax.rollout.sampling import SamplingSettings
 from r1re_jax.task.lessons import Lesson, Source
 from r1re_jax.task.prompts import PromptEncoder
 from r1re_jax.task.rewards import relation_reward
+from r1re_jax.task.tasks import TaskKind
 from r1re_jax.train.batch import blocks, check_mesh, prompt_levels, spread, spread_tree
 from r1re_jax.train.figures import Clock, completion_rows, sampling_metrics, update_metrics
 from r1re_jax.train.groups import Groups, as_examples, join
@@ -199,17 +200,18 @@ class GRPO:
         self, lessons: Sequence[Lesson], question: Level, rollout: Rollout, tick: Tick
     ) -> Groups:
         """Turn tokens into texts, and texts into verdicts."""
+        task = self.encoder.task
+        judge = relation_reward if task.kind is TaskKind.RELATION else task.judge
         texts_NPG = np.empty(rollout.length.shape, object)
         verdicts_NPG = np.empty(rollout.length.shape, object)
         for tree, lesson in enumerate(lessons):
+            schema = task.schema(lesson.guide)
             for place, example in enumerate(lesson.examples):
                 tick("reward")
                 for sample, length in enumerate(rollout.length[tree, place]):
                     where = tree, place, sample
                     texts_NPG[where] = self.encoder.decode(rollout.tokens[where][:length])
-                    verdicts_NPG[where] = relation_reward(
-                        texts_NPG[where], example, lesson.guide.schema
-                    )
+                    verdicts_NPG[where] = judge(texts_NPG[where], example, schema)
         rewards = [verdict.reward for verdict in verdicts_NPG.flat]
         return Groups(
             examples=as_examples([lesson.examples for lesson in lessons]),

@@ -37,7 +37,7 @@ from r1re_jax.train.data import (
 )
 from r1re_jax.train.optimizer import make_optimizer
 from r1re_jax.train.parity import check_run
-from r1re_jax.train.settings import EVAL_METRICS, Phase, Settings
+from r1re_jax.train.settings import Phase, Settings
 from r1re_jax.train.signals import Stopped
 from r1re_jax.train.start import Start, load_start, policy_of, run_mesh
 from r1re_jax.train.state import TrainState, create_state
@@ -137,8 +137,9 @@ def run_training(
         ValueError: data, limits, policy or mesh that do not fit; see the parts.
     """
     mesh = mesh or run_mesh(settings)
-    data = open_training(settings.data.train, seed=settings.seed)
-    sets = open_sets(settings.data.eval)
+    task = settings.task_rules
+    data = open_training(settings.data.train, seed=settings.seed, task=task)
+    sets = open_sets(settings.data.eval, task=task)
     # Refused now and not when a phase begins.
     check_batches(settings, mesh=mesh)
     for phase in settings.phases:
@@ -363,7 +364,7 @@ class _Run:
                     f"{name} {progress.tokens}/{progress.limit}"
                 ),
             )
-            kept = (metric for metric in EVAL_METRICS if metric in metrics)
+            kept = (metric for metric in self.settings.eval_metrics if metric in metrics)
             figures |= {f"eval/{name}/{metric}": metrics[metric] for metric in kept}
         return figures
 

@@ -13,7 +13,9 @@ from r1re_jax.model.qwen import Remat
 from r1re_jax.policy import Limits
 from r1re_jax.rl.kinds import AdvantageKind, KlKind, LossKind
 from r1re_jax.rl.objective import LossSettings
-from r1re_jax.task.prompts import BETWEEN_WORDS
+from r1re_jax.task.completions import BETWEEN_WORDS
+from r1re_jax.task.tasks import Task, TaskKind, make_task
+from r1re_jax.task.triplets.rewards import TripletTotals
 from r1re_jax.train.data_settings import DataSettings, at_least
 from r1re_jax.train.optimizer import OptimizerSettings
 
@@ -23,6 +25,8 @@ EVAL_METRICS = (
     *("accuracy", "avg_at_k", "pass_at_k", "greedy_accuracy", "format_rate"),
     *("macro_f1", "micro_f1", "mean_reward", "mean_tokens"),
 )
+# Further ones where the task is the extraction of triplets.
+TRIPLET_METRICS = ("entity_f1", "triplet_f1", "strict_triplet_f1")
 
 
 class Dtype(enum.StrEnum):
@@ -297,6 +301,8 @@ class Settings:
 
     Attributes:
         seed: of data order, sampling and random weights.
+        task: what the policy learns under a guide.
+        triplets: what completions earn where the task is the extraction of triplets.
         model: where the policy comes from.
         tokenizer: folder of the tokenizer; only with `model.preset`.
         mesh: the devices.
@@ -310,6 +316,8 @@ class Settings:
     """
 
     seed: int = 0
+    task: TaskKind = TaskKind.RELATION
+    triplets: TripletTotals = TripletTotals()
     model: ModelSettings
     tokenizer: str = ""
     mesh: MeshSettings = MeshSettings()
@@ -332,14 +340,27 @@ class Settings:
                 "give `tokenizer`, a folder, with model.preset and only then: model.path brings its"
                 " own"
             )
+        if self.task is not TaskKind.TRIPLETS and self.triplets != TripletTotals():
+            raise ValueError(f"the section triplets is of task={TaskKind.TRIPLETS}; remove it")
         name, _, metric = self.checkpoint.best.partition("/")
-        if self.checkpoint.best and not (name in self.data.eval and metric in EVAL_METRICS):
+        known = self.eval_metrics
+        if self.checkpoint.best and not (name in self.data.eval and metric in known):
             raise ValueError(
                 f"checkpoint.best is {self.checkpoint.best!r}; expected SET/METRIC, one of the sets"
-                f" of data.eval, {sorted(self.data.eval)}, and one of {', '.join(EVAL_METRICS)}"
+                f" of data.eval, {sorted(self.data.eval)}, and one of {', '.join(known)}"
             )
         if metric == "greedy_accuracy" and not self.evaluate.greedy:
             raise ValueError("checkpoint.best asks for greedy_accuracy; set evaluate.greedy=True")
+
+    @property
+    def task_rules(self) -> Task:
+        """What the task gives: examples, prompts, verdicts, figures."""
+        return make_task(self.task, triplets=self.triplets)
+
+    @property
+    def eval_metrics(self) -> tuple[str, ...]:
+        """Figures of an evaluation that go into metrics.jsonl."""
+        return EVAL_METRICS + (TRIPLET_METRICS if self.task is TaskKind.TRIPLETS else ())
 
     @property
     def training_limits(self) -> Limits:

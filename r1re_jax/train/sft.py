@@ -14,7 +14,7 @@ from r1re_jax.model.tree import Tree
 from r1re_jax.policy import Limits
 from r1re_jax.rl.scoring import completion_logp
 from r1re_jax.task.lessons import Lesson, Source
-from r1re_jax.task.prompts import PromptEncoder, sft_completion
+from r1re_jax.task.prompts import PromptEncoder
 from r1re_jax.train.batch import (
     blocks,
     check_mesh,
@@ -150,7 +150,10 @@ def sft_tree(
         LimitError: something is too long; the message counts and names.
     """
     texts = [
-        [sft_completion(example, between_words=between_words) for example in lesson.examples]
+        [
+            encoder.task.completion(example, between_words=between_words)
+            for example in lesson.examples
+        ]
         for lesson in lessons
     ]
     completion = completion_level(texts, encoder, limits, names=example_names(lessons))

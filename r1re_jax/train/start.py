@@ -91,6 +91,7 @@ def load_start(settings: Settings, *, mesh: Mesh, guide: Guide | None, fresh: bo
     # Limits are the config's: the loaded ones say what an earlier run had.
     hashes = {} if guide is None else {guide.title: guide.sha256}
     policy = dataclasses.replace(policy, model=model, limits=settings.limits, guide_sha256=hashes)
+    policy = policy.for_task(settings.task_rules)
     return Start(policy=policy, layout=layout, params=params)
 
 

@@ -2,7 +2,7 @@
 
 import json
 
-from r1re_jax.task.prompts import BETWEEN_WORDS
+from r1re_jax.task.completions import BETWEEN_WORDS
 from r1re_jax.task.relations import RESERVED_TAGS, DataError
 from r1re_jax.task.rewards import ANSWER_CLOSE, ANSWER_OPEN, THINK_CLOSE, THINK_OPEN
 from r1re_jax.task.triplets.examples import Triplet, TripletExample

@@ -21,12 +21,15 @@ from r1re_jax.policy_files import RECIPE
 from r1re_jax.policy_source import PolicyError, choose_step, find
 from r1re_jax.report.ancestry import Ancestor, Licence, ancestors, is_run, licence_of
 from r1re_jax.report.history import History, is_number, read_history, section
-from r1re_jax.report.summary import figure
+from r1re_jax.report.summary import TRIPLET_COLUMNS, figure
 from r1re_jax.task.readers import HUB_SEMEVAL2010
-from r1re_jax.task.rewards import RewardTotals
+from r1re_jax.task.tasks import TaskKind
 from r1re_jax.train.data_settings import DataKind
 
 TEMPLATE = "model_card.md.jinja"
+# What the card shows how to ask about.
+MARKED_SENTENCE = "A full <e1>disk</e1> stopped the <e2>queue</e2>."
+PLAIN_SENTENCE = "A full disk stopped the queue."
 SHOWN_DIGITS = 12  # of a hash
 # Key of a phase's section, and how the card says it.
 PHASE = (
@@ -96,6 +99,7 @@ def model_card(
     chain = ancestors(source)
     found = licence_of(licence, chain)
     phases = {} if history is None else _phases(history, step)
+    extracts = policy.encoder.task.kind is TaskKind.TRIPLETS
     return environment.from_string(text).render(
         front_matter=_front_matter(history, chain, found, phases),
         name=name,
@@ -104,7 +108,9 @@ def model_card(
         origin=None if is_run(where) else chain[0].name,
         facts=_facts(policy, history, chain, step, dtype),
         phases=phases,
-        totals={key: _signed(value) for key, value in vars(RewardTotals()).items()},
+        totals={key: _signed(value) for key, value in _totals(policy, history).items()},
+        extracts=extracts,
+        sentence=PLAIN_SENTENCE if extracts else MARKED_SENTENCE,
         scores=[] if history is None else _scores(history, step),
         step=step,
         limits=policy.limits,
@@ -244,6 +250,7 @@ def _scores(history: History, step: int) -> list[dict[str, str]]:
                     "greedy": figure(of("greedy_accuracy"), ".1%"),
                     "format": figure(of("format_rate"), ".1%"),
                     "macro-F1": figure(of("macro_f1"), ".1f"),
+                    **_extracted(last.metrics),
                     "protocol": escaped(of("protocol") or "–"),
                     "data": _sha(of("data_sha256")) if of("data_sha256") else "–",
                 }
@@ -253,6 +260,22 @@ def _scores(history: History, step: int) -> list[dict[str, str]]:
 
 def _sha(digest: str) -> str:
     return f"SHA-256 {code(str(digest)[:SHOWN_DIGITS])}"
+
+
+def _extracted(metrics: Mapping[str, Any]) -> dict[str, str]:
+    """Return the F1 figures of an extraction; none where marked pairs were classified."""
+    return {
+        title: figure(metrics[key], style)
+        for key, title, style in TRIPLET_COLUMNS
+        if key in metrics
+    }
+
+
+def _totals(policy: Policy, history: History | None) -> dict[str, float]:
+    """Return what completions earned; of an extraction the run's configuration says it."""
+    task = policy.encoder.task
+    extracts = history is not None and task.kind is TaskKind.TRIPLETS
+    return vars(task.totals) | (section(history.config, "triplets") if extracts else {})
 
 
 def _signed(value: float) -> str:

@@ -43,6 +43,16 @@ class Panel:
 
 PANELS = (
     Panel(name="accuracy", title="Held-out accuracy (Avg@k)", evaluation="avg_at_k", fraction=True),
+    # Of training the mean of single answers, of an evaluation that of all together.
+    Panel(
+        name="triplet_f1",
+        title="F1 of triplets, of 100",
+        metric="triplet_f1",
+        evaluation="triplet_f1",
+    ),
+    Panel(
+        name="entity_f1", title="F1 of entities, of 100", metric="entity_f1", evaluation="entity_f1"
+    ),
     Panel(name="reward", title="Mean reward", metric="reward", evaluation="mean_reward"),
     Panel(
         name="format_rate",

@@ -7,6 +7,7 @@ Texts of data and policy are escaped by the template, never trusted.
 import base64
 import dataclasses
 import importlib.resources
+import json
 import os
 import pathlib
 from collections.abc import Mapping
@@ -24,7 +25,7 @@ from r1re_jax.report.history import (
     read_rows,
     section,
 )
-from r1re_jax.report.summary import COLUMNS, figure, headline, summary
+from r1re_jax.report.summary import COLUMNS, EXTRACTED, columns, figure, headline, summary
 
 # Completions shown of an evaluation, by outcome, and of training.
 SHOWN = {"correct": 4, "wrong": 4, "malformed": 2}
@@ -85,7 +86,8 @@ def render(history: History, pictures: Mapping[str, pathlib.Path]) -> str:
     finals = [history.of_set(name)[-1] for name in history.sets]
     return template.render(
         title=history.workdir.absolute().name,
-        width=len(COLUMNS),
+        width=len(columns(history)),
+        extracts=columns(history) != COLUMNS,
         facts=facts(history),
         headline=headline(history),
         summary=summary(history),
@@ -142,10 +144,26 @@ def _detail(evaluation: Evaluation) -> dict[str, Any]:
             for key, title in (("macro_f1", "macro F1"), ("micro_f1", "micro F1"))
             if is_number(metrics.get(key))
         ],
+        "extracted": extracted(metrics),
         "relations": per_relation(metrics.get("per_relation")),
+        "types": per_relation(metrics.get("per_type")),
         "confusion": confusion(metrics.get("confusion")),
         "completions": evaluation_completions(evaluation),
     }
+
+
+def extracted(metrics: Mapping[str, Any]) -> list[tuple[str, list[str], str]]:
+    """Rows of the table of an extraction: figures of sample 0, mean F1 of all and its interval."""
+    rows = []
+    for kind, words in EXTRACTED:
+        row = metrics.get(kind)
+        if isinstance(row, Mapping):
+            figures = [f"{_score(row, key):.1f}" for key in ("precision", "recall", "f1")]
+            figures += [f"{_score(row, 'n'):,.0f}", f"{_score(row, 'avg_f1'):.1f}"]
+            ends = row.get("ci95")
+            known = isinstance(ends, list) and all(map(is_number, ends))
+            rows.append((words, figures, "–".join(f"{end:.1f}" for end in ends) if known else ""))
+    return rows
 
 
 def per_relation(table: Any) -> list[tuple[str, list[str], float]]:
@@ -229,14 +247,19 @@ def _completion(
     outcome = "correct" if sample.get("correct") else "wrong"
     return Completion(
         id=str(row.get("id", "")),
-        gold=str(row.get("gold", "")),
-        predicted=str(sample.get("predicted") or "no label"),
+        gold=_answer(row.get("gold", "")),
+        predicted=_answer(sample.get("predicted") or "no label"),
         outcome=outcome if sample.get("format_ok") else "malformed",
         text=str(sample.get("text", "")),
         reward=figure(sample.get("reward"), "+.1f"),
         sentence=str(row.get("sentence") or sentence or ""),
         advantage=figure(sample.get("advantage"), "+.2f") if "advantage" in sample else "",
     )
+
+
+def _answer(value: Any) -> str:
+    """A label as it stands, an extraction as JSON."""
+    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
 
 
 def _data_url(image: bytes) -> str:

@@ -14,6 +14,8 @@ from absl import flags
 from r1re_jax.model.config import Family
 from r1re_jax.policy_files import save_policy
 from r1re_jax.task.readers import write_jsonl
+from r1re_jax.task.triplets.examples import Entity, Triplet, TripletExample
+from r1re_jax.task.triplets.readers import write_triplets
 from r1re_jax.train.parity import BANDS, Gap, Parity, Way
 from r1re_jax.train.settings import Dtype
 from tests.drawn import drawn_tensors
@@ -288,6 +290,61 @@ def test_report_prints_the_path(
     assert capsys.readouterr().out.splitlines()[-1] == str(tmp_path / "report.html")
     with pytest.raises(SystemExit, match=r"run\.report: no work directory at"):
         command("report", f"--workdir={tmp_path / 'missing'}")
+
+
+@pytest.fixture
+def plain(tmp_path: pathlib.Path) -> list[str]:
+    """--task, --guide and limits of triplets, with three sentences in plain.jsonl."""
+    types = "## Entities\n\n- **person**: who.\n- **thing**: what.\n\n## Relations"
+    (tmp_path / "types.md").write_text(GUIDE.replace("## Relations", types))
+    entities = Entity("Ann", 0, 3, "person"), Entity("tea", 10, 13, "thing")
+    likes = (Triplet(0, 1, "Likes"),)
+    sentences = [TripletExample(f"e{i}", "Ann likes tea.", entities, likes) for i in range(3)]
+    write_triplets(tmp_path / "plain.jsonl", sentences)
+    return ["--task=triplets", f"--guide={tmp_path / 'types.md'}", *LIMITS, "--limits.guide=600"]
+
+
+def test_triplets_are_evaluated(
+    command: Command,
+    model: pathlib.Path,
+    plain: list[str],
+    inputs: list[str],
+    tmp_path: pathlib.Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    out = tmp_path / "out"
+    args = [f"--model={model}", f"--out={out}", "--samples=2", "--batch=4"]
+    command("evaluate", *args, *plain, f"--data={tmp_path / 'plain.jsonl'}")
+    metrics = json.loads((out / "metrics.json").read_text())
+    assert metrics["triplets"]["n"] == 3 and metrics["entities"]["n"] == 6
+    row = json.loads((out / "predictions.jsonl").read_text().splitlines()[0])
+    assert row["gold"]["triplets"] == [{"head": "Ann", "relation": "Likes", "tail": "tea"}]
+    printed = capsys.readouterr().out
+    assert "Triplet F1" in printed and "triplets with the types of both ends" in printed
+    with pytest.raises(SystemExit, match=r"run\.evaluate: .*data\.jsonl:1: .*'entities' is miss"):
+        command("evaluate", *args, *plain, inputs[0])
+    with pytest.raises(SystemExit, match=r"run\.evaluate: .* names no entity types"):
+        command("evaluate", *args, "--task=triplets", *inputs)
+
+
+def test_triplets_are_extracted_from_plain_texts(
+    command: Command,
+    model: pathlib.Path,
+    plain: list[str],
+    inputs: list[str],
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(sys, "stdin", io.StringIO("Ann likes tea.\nBob saw a cat.\n"))
+    command("extract", f"--model={model}", *plain, "-")
+    rows = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    keys = ["entities", "triplets", "reasoning", "text", "problem"]
+    assert [list(row) for row in rows] == [keys] * 2
+    assert rows[0]["entities"] is None and rows[0]["problem"]
+    with pytest.raises(SystemExit, match=r"run\.extract: text:1: the text is blank"):
+        command("extract", "--model=nowhere", *plain, " ")
+    with pytest.raises(SystemExit, match=r"run\.extract: .* names no entity types"):
+        command("extract", "--model=nowhere", "--task=triplets", inputs[1], "Ann.")
 
 
 @pytest.mark.parametrize(

@@ -301,13 +301,13 @@ class Settings:
 
     Attributes:
         seed: of data order, sampling and random weights.
-        task: what the policy learns under a guide.
-        triplets: what completions earn where the task is the extraction of triplets.
         model: where the policy comes from.
         tokenizer: folder of the tokenizer; only with `model.preset`.
         mesh: the devices.
         limits: widths of the tree's levels, in training too unless `data.train.limits` says else.
         data: what to train and evaluate on.
+        task: what the policy learns under a guide.
+        triplets: what completions earn where the task is the extraction of triplets.
         sft: the supervised warm start.
         grpo: the reinforcement.
         evaluate: when and how to evaluate.
@@ -316,13 +316,13 @@ class Settings:
     """
 
     seed: int = 0
-    task: TaskKind = TaskKind.RELATION
-    triplets: TripletTotals = TripletTotals()
     model: ModelSettings
     tokenizer: str = ""
     mesh: MeshSettings = MeshSettings()
     limits: Limits
     data: DataSettings
+    task: TaskKind = TaskKind.RELATION
+    triplets: TripletTotals = TripletTotals()
     sft: SFTSettings = SFTSettings()
     grpo: GRPOSettings = GRPOSettings()
     evaluate: EvaluateSettings = EvaluateSettings()

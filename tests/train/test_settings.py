@@ -169,6 +169,14 @@ _PAIRED = {
     "grpo.micro_batch": {"grpo__micro_batch": 1},
     "data.train.options": {"data__train__options": {"relations": 3}},
     "data.eval.held.options": {"data__eval__held__options": {"relations": 3}},
+    "task": {"task": "triplets"},
+    **{
+        f"triplets.{name}": {"task": "triplets", "triplets": {name: value}}
+        for name, value in (
+            *(("highest", 1.0), ("lowest", 0.0), ("malformed", -1.0)),
+            *(("entity_weight", 0.5), ("triplet_weight", 0.5)),
+        )
+    },
 }
 _NEUTRAL = {"grpo.top_k", "grpo.top_p", "grpo.min_p"}
 # Set with their schedules, below.
@@ -224,3 +232,18 @@ def test_steps_are_counted_through_both_phases() -> None:
     assert [settings.phase_of(step) for step in range(1, 6)] == [Phase.SFT] * 2 + [Phase.GRPO] * 3
     assert settings.phases == {Phase.SFT: settings.sft, Phase.GRPO: settings.grpo}
     assert [*read_settings(_config(sft__steps=0)).phases] == [Phase.GRPO]
+
+
+def test_what_is_of_triplets_needs_the_task() -> None:
+    totals = {"triplets": {"entity_weight": 0.0}}
+    settings = read_settings(_config(task="triplets", **totals))
+    assert settings.task_rules.totals.entity_weight == 0.0
+    assert settings.task_rules.totals.triplet_weight == 2.0
+    assert "the section triplets is of task=triplets; remove it" in _problems(_config(**totals))
+    assert "triplets: entity_weight and triplet_weight are -1.0" in _problems(
+        _config(task="triplets", triplets={"entity_weight": -1})
+    )
+    assert "did you mean 'triplets'?" in _problems(_config(task="triplet"))
+    best = {"checkpoint__best": "held/triplet_f1"}
+    assert read_settings(_config(task="triplets", **best)).checkpoint.best == "held/triplet_f1"
+    assert "checkpoint.best is 'held/triplet_f1'" in _problems(_config(**best))

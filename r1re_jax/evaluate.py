@@ -97,8 +97,7 @@ def evaluate(
     if temperature is None:
         temperature = 0.0 if samples == 1 else 1.0
     task = policy.encoder.task
-    schema = task.schema(guide)
-    _check(examples, task, schema, samples=samples, temperature=temperature, batch=batch)
+    _check(examples, task, guide, samples=samples, temperature=temperature, batch=batch)
     prompts = read_prompts(policy, examples, guide, limits=limits)
     shared = {"seed": seed, "step": step, "batch": batch, "chunk": chunk, "mesh": mesh}
     draw = Draw(dataset=name, samples=samples, temperature=temperature, on_chunk=on_chunk, **shared)
@@ -106,7 +105,7 @@ def evaluate(
     rows = _predictions(policy, prompts, draw, folder, on_batch)
     metrics = task.summarise(
         rows,
-        schema,
+        task.schema(guide),
         temperature=temperature,
         protocol=protocol,
         model=model,
@@ -157,13 +156,14 @@ def weights_fingerprint(params: nnx.State) -> str:
 def _check(
     examples: Sequence[AnyExample],
     task: Task,
-    schema: Any,
+    guide: Guide,
     *,
     samples: int,
     temperature: float,
     batch: int,
 ) -> None:
     """Refuse what has no answer."""
+    schema = task.schema(guide)
     if not examples:
         raise EvaluationError("there are no examples to evaluate on; give at least one")
     if samples < 1 or batch < 1:

@@ -201,6 +201,7 @@ class GRPO:
     ) -> Groups:
         """Turn tokens into texts, and texts into verdicts."""
         task = self.encoder.task
+        # The rule of pairs by its name here, so that another can be put in its place.
         judge = relation_reward if task.kind is TaskKind.RELATION else task.judge
         texts_NPG = np.empty(rollout.length.shape, object)
         verdicts_NPG = np.empty(rollout.length.shape, object)

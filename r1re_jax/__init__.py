@@ -9,7 +9,7 @@ __all__ = ["__version__", "load_policy"]
 def __getattr__(name: str) -> Any:
     """Import `load_policy` on first use, so that `r1re_jax.task` needs no jax (PEP 562)."""
     if name == "load_policy":
-        from r1re_jax.policy import load_policy
+        from r1re_jax.policy_files import load_policy
 
         return load_policy
     raise AttributeError(f"module 'r1re_jax' has no attribute {name!r}")

@@ -38,7 +38,7 @@ def save_tokenizer(
         # transformers 5 makes a Qwen2 model's tokenizer anew, from vocabulary, merges and Qwen's
         # own rules, whatever class and rules the files name; other rules are other tokens. Where
         # the settings speak of classes in other files, its loader heeds them; this names none.
-        settings["auto_map"] = [None, None]
+        settings["auto_map"] = ["", ""]
     path.write_text(json.dumps(settings, ensure_ascii=False, indent=2) + "\n", "utf-8")
 
 

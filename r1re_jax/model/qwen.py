@@ -23,7 +23,6 @@ from r1re_jax import sharding
 from r1re_jax.model.attention import Part, attend
 from r1re_jax.model.config import ModelConfig
 
-
 # Models of up to so many layers are compiled layer by layer: a little faster to run, and the longer
 # to compile the more there are (docs/decisions.md).
 UNROLLED = 8

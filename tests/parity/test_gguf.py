@@ -184,7 +184,8 @@ def test_smollm2(smollm2: Path) -> None:
             assert np.abs(ours - found).max() <= 2e-4 * np.ptp(ours)
 
     policy = load_policy(smollm2)
-    asked = "<|im_start|>user\nWrite a long story about a storm at sea.<|im_end|>\n<|im_start|>assistant\n"
+    story = "Write a long story about a storm at sea."
+    asked = f"<|im_start|>user\n{story}<|im_end|>\n<|im_start|>assistant\n"
     ((text,),) = policy.generate([asked], max_tokens=64, temperature=0)
     prompt = torch.tensor([words(asked)["input_ids"]], dtype=torch.long)
     drawn = network.generate(

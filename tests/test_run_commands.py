@@ -21,7 +21,7 @@ from r1re_jax.train.settings import Dtype
 from tests.drawn import drawn_tensors
 from tests.fake_hub import TOKEN, FakeHub, Repository
 from tests.gguf_files import as_metadata, write_gguf
-from tests.test_policy import make_workdir
+from tests.saved import make_workdir
 from tests.tiny import GUIDE, tiny_examples, tiny_policy
 from tests.train.world import config, write_inputs
 

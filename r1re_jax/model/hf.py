@@ -277,6 +277,7 @@ def _write_weights(model: Qwen, folder: Path | None, *, dtype: str, max_shard_by
         shard[theirs] = tensor
         if last[files[theirs]] == theirs:
             save_file(shard, folder / files[theirs], metadata={"format": "pt"})
+            (folder / files[theirs]).chmod(0o644)  # the library closes its files to others
             shard = {}
     if folder is not None and len(last) > 1:
         total = {"total_size": sum(sizes.values())}

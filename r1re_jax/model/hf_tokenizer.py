@@ -36,9 +36,9 @@ def save_tokenizer(
         settings["additional_special_tokens"] = special
     if family is Family.QWEN2 and not _is_qwens(tokenizer):
         # transformers 5 makes a Qwen2 model's tokenizer anew, from vocabulary, merges and Qwen's
-        # own rules, whatever class and rules the files name; other rules are other tokens. Its
-        # loader takes tokenizer.json as it stands where this is set. No code is loaded by it.
-        settings["trust_remote_code"] = True
+        # own rules, whatever class and rules the files name; other rules are other tokens. Where
+        # the settings speak of classes in other files, its loader heeds them; this names none.
+        settings["auto_map"] = ["", ""]
     path.write_text(json.dumps(settings, ensure_ascii=False, indent=2) + "\n", "utf-8")
 
 

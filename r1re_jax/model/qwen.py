@@ -23,6 +23,10 @@ from r1re_jax import sharding
 from r1re_jax.model.attention import Part, attend
 from r1re_jax.model.config import ModelConfig
 
+# Models of up to so many layers are compiled layer by layer: a little faster to run, and the longer
+# to compile the more there are (docs/decisions.md).
+UNROLLED = 8
+
 
 class Remat(enum.StrEnum):
     """What the backward pass computes again instead of keeping."""
@@ -217,7 +221,10 @@ class Qwen(nnx.Module):
 
         above = tuple(KeyValue(cache.key, cache.value) for cache in ancestors)
         x, own = jax.lax.scan(
-            self.remat.wrap(layer), self._embedded(tokens), (layers, above), unroll=True
+            self.remat.wrap(layer),
+            self._embedded(tokens),
+            (layers, above),
+            unroll=self.config.layers <= UNROLLED,
         )
         return self.norm(x), own
 

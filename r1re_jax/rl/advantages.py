@@ -56,4 +56,8 @@ def group_advantages(reward_PG: ArrayLike, *, kind: str = AdvantageKind.GRPO) ->
 def _deviation(reward: jax.Array, axis: int | None) -> jax.Array:
     """Sample standard deviation over `axis`, kept; 0 for a single value, whose n − 1 is 0."""
     number = reward.size if axis is None else reward.shape[axis]
-    return jnp.std(reward, axis, ddof=min(1, number - 1), keepdims=True)
+    # Squares leave fp32 beyond 1e19, which would make every advantage 0. Scaling by a power of two
+    # costs no digits.
+    _, exponent = jnp.frexp(jnp.max(jnp.abs(reward), axis, keepdims=True))
+    scaled = jnp.std(jnp.ldexp(reward, -exponent), axis, ddof=min(1, number - 1), keepdims=True)
+    return jnp.ldexp(scaled, exponent)

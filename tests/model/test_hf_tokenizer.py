@@ -47,7 +47,7 @@ def test_the_auto_class_reads_the_same_tokens(family: Family, tmp_path: pathlib.
 def test_the_detour_is_needed(tmp_path: pathlib.Path) -> None:
     """Fails once transformers reads a Qwen2 model's tokenizer.json as it stands: then remove it."""
     settings = written(tmp_path, tiny_tokenizer(), Family.QWEN2)
-    assert settings.pop("trust_remote_code") is True
+    assert settings.pop("auto_map") == ["", ""]
     (tmp_path / SETTINGS).write_text(json.dumps(settings))
     found = AutoTokenizer.from_pretrained(tmp_path)
     assert found.encode(TEXT) != tiny_tokenizer().encode(TEXT)
@@ -55,5 +55,5 @@ def test_the_detour_is_needed(tmp_path: pathlib.Path) -> None:
 
 def test_qwens_own_tokenizer_needs_none(shared: pathlib.Path, tmp_path: pathlib.Path) -> None:
     qwen = PreTrainedTokenizerFast.from_pretrained(shared / "tokenizers" / "qwen2_5")
-    assert "trust_remote_code" not in written(tmp_path, qwen, Family.QWEN2)
+    assert "auto_map" not in written(tmp_path, qwen, Family.QWEN2)
     assert AutoTokenizer.from_pretrained(tmp_path).encode(TEXT) == qwen.encode(TEXT)

@@ -184,7 +184,8 @@ def test_smollm2(smollm2: Path) -> None:
             assert np.abs(ours - found).max() <= 2e-4 * np.ptp(ours)
 
     policy = load_policy(smollm2)
-    asked = "<|im_start|>user\nName three colours.<|im_end|>\n<|im_start|>assistant\n"
+    story = "Write a long story about a storm at sea."
+    asked = f"<|im_start|>user\n{story}<|im_end|>\n<|im_start|>assistant\n"
     ((text,),) = policy.generate([asked], max_tokens=64, temperature=0)
     prompt = torch.tensor([words(asked)["input_ids"]], dtype=torch.long)
     drawn = network.generate(
@@ -195,5 +196,6 @@ def test_smollm2(smollm2: Path) -> None:
         eos_token_id=list(policy.encoder.stop_ids),
         pad_token_id=2,
     )
-    kept = [id for id in drawn[0, prompt.shape[1] :].tolist() if id not in policy.encoder.stop_ids]
-    assert words.decode(kept) == text and len(kept) > 10
+    written = drawn[0, prompt.shape[1] :].tolist()
+    assert len(written) == 64 and not set(written) & set(policy.encoder.stop_ids)
+    assert words.decode(written) == text

@@ -67,6 +67,15 @@ def test_no_spread_is_exactly_zero(kind: str, value: float) -> None:
 
 
 @pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("size", [1e-30, 1e-12, 1e12, 1e30])
+def test_rewards_of_any_size_have_the_advantages_of_the_formula(kind: str, size: float) -> None:
+    """The square of 1e30 is no fp32 number, and that of 1e-30 is 0: the deviation must not care."""
+    reward = np.array([[3.0, -0.5, -3.0, 3.0], [1.0, 1.0, 1.0, 2.0]]) * size
+    got, expected = group_advantages(reward, kind=kind), rl_formulas.advantages(reward, kind)
+    np.testing.assert_allclose(got, expected, rtol=1e-5, atol=1e-6 * np.abs(expected).max())
+
+
+@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("dtype", [np.int32, np.int64, np.float16, bool])
 def test_any_real_dtype(kind: str, dtype: type) -> None:
     reward = np.array([[1, 0, 1, 1], [0, 0, 0, 1]])

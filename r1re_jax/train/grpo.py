@@ -15,7 +15,7 @@ import numpy as np
 import optax
 from flax import nnx
 
-from r1re_jax.model.qwen import Cache, Qwen
+from r1re_jax.model.qwen import Qwen
 from r1re_jax.model.tree import Level, Tree
 from r1re_jax.policy import Limits
 from r1re_jax.rl.advantages import group_advantages
@@ -23,18 +23,14 @@ from r1re_jax.rl.losses import token_weights
 from r1re_jax.rl.masks import length_mask
 from r1re_jax.rl.objective import objective
 from r1re_jax.rl.scoring import completion_logp
-from r1re_jax.rollout.decode import prefill
-from r1re_jax.rollout.keys import Purpose, example_ids, row_keys
-from r1re_jax.rollout.rollout import Rollout, generate
-from r1re_jax.rollout.sampling import SamplingSettings
-from r1re_jax.task.lessons import Lesson, Source
+from r1re_jax.rollout.rollout import Rollout
+from r1re_jax.task.lessons import Source
 from r1re_jax.task.prompts import PromptEncoder
-from r1re_jax.task.rewards import relation_reward
-from r1re_jax.train.batch import blocks, check_mesh, prompt_levels, spread, spread_tree
+from r1re_jax.train.batch import blocks, check_mesh, spread, spread_tree
+from r1re_jax.train.drawing import Drawing, Tick
 from r1re_jax.train.figures import Clock, completion_rows, sampling_metrics, update_metrics
-from r1re_jax.train.groups import Groups, as_examples, join
+from r1re_jax.train.grpo_settings import GRPOSettings
 from r1re_jax.train.optimizer import learning_rate, make_optimizer
-from r1re_jax.train.settings import GRPOSettings
 from r1re_jax.train.state import Layout, Params, TrainState, model_state
 from r1re_jax.train.update import (
     Gradient,
@@ -44,8 +40,6 @@ from r1re_jax.train.update import (
     compute_gradient,
     make_programs,
 )
-
-Tick = Callable[[str], None]
 
 
 @jax.tree_util.register_dataclass
@@ -70,25 +64,13 @@ class GRPOBlock:
     old_logp_NPGC: Any = None
 
 
-@dataclasses.dataclass(frozen=True)
-class _Drawn:
-    """What a step drew: guides [N, S], groups, and in how many rounds."""
-
-    guide: Level
-    groups: Groups
-    draws: int
-
-
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class GRPO:
     """The reinforcement's steps; made by `make_grpo`.
 
     Attributes:
         settings: of the phase.
-        limits: widths of the levels.
-        encoder: words to tokens and back.
-        source: lessons of a step.
-        seed: of sampling.
+        drawing: how completions are drawn and judged.
         first: steps that were completed before the phase.
         layout: the model without its arrays.
         optimizer: of the phase.
@@ -98,16 +80,18 @@ class GRPO:
     """
 
     settings: GRPOSettings
-    limits: Limits
-    encoder: PromptEncoder
-    source: Source
-    seed: int
+    drawing: Drawing
     first: int
     layout: Layout
     optimizer: optax.GradientTransformation
     programs: Programs
     score: Callable[[Params, Tree], jax.Array]
     reference: Params | None
+
+    @property
+    def source(self) -> Source:
+        """Lessons of a step."""
+        return self.drawing.source
 
     def step(self, state: TrainState, number: int, *, tick: Tick) -> StepResult:
         """Do step `number` (of the whole run, from 1) on a state that has completed the one before.
@@ -120,7 +104,7 @@ class GRPO:
             LimitError: a guide or question that is too long.
         """
         clock = Clock()
-        drawn = self._draw(state.params, number, tick, clock)
+        drawn = self.drawing.draw(state.params, number, tick=tick, clock=clock)
         kept = drawn.groups.choose(self.settings.questions)
         advantage_NPG = np.asarray(group_advantages(kept.reward, kind=self.settings.advantage))
         completion = Level(kept.rollout.tokens, kept.rollout.length)
@@ -142,83 +126,6 @@ class GRPO:
         metrics |= {"learning_rate": float(rate(done)), **clock.seconds()}
         metrics["tokens_per_second"] = float(drawn.groups.rollout.length.sum()) / metrics["seconds"]
         return StepResult(state, metrics, completion_rows(kept, advantage_NPG))
-
-    def _draw(self, params: Params, number: int, tick: Tick, clock: Clock) -> "_Drawn":
-        """Draw groups of P questions a guide; again while too few of them have signal."""
-        settings = self.settings
-        lessons = self.source.lessons(number - 1)
-        guide, question = prompt_levels(lessons, self.encoder, self.limits)
-        ids = question_ids(lessons)
-        _, caches = prefill(self.layout.graph, model_state(params), (guide,))
-        groups: list[Groups] = []
-        for start in range(0, settings.questions_drawn, settings.questions):
-            part = slice(start, start + settings.questions)
-            level = Level(question.tokens[:, part], question.length[:, part])
-            keys = row_keys(self.seed, Purpose.TRAIN, number, ids[:, part], range(settings.group))
-            rollout = self._rollout(params, caches, level, keys, tick)
-            clock.lap("rollout")
-            below = [Lesson(lesson.guide, lesson.examples[part]) for lesson in lessons]
-            groups.append(self._judge(below, level, rollout, tick))
-            clock.lap("reward")
-            if (join(groups).signal.sum(axis=1) >= settings.questions).all():
-                break
-        return _Drawn(guide, join(groups), len(groups))
-
-    def _rollout(
-        self,
-        params: Params,
-        guide: tuple[Cache, ...],
-        question: Level,
-        keys: jax.Array,
-        tick: Tick,
-    ) -> Rollout:
-        """Sample G completions of every question; returned on the host."""
-        settings = self.settings
-        rollout = generate(
-            self.layout.graph,
-            model_state(params),
-            (question,),
-            ancestors=guide,
-            keys=keys,
-            settings=SamplingSettings(
-                temperature=settings.temperature,
-                top_k=settings.top_k,
-                top_p=settings.top_p,
-                min_p=settings.min_p,
-            ),
-            limit=self.limits.completion,
-            stop_ids=self.encoder.stop_ids,
-            pad_id=self.encoder.pad_id,
-            chunk=settings.chunk,
-            on_chunk=lambda progress: tick(f"rollout {progress.tokens}/{progress.limit}"),
-            mesh=self.layout.mesh,
-        )
-        return jax.device_get(rollout)
-
-    def _judge(
-        self, lessons: Sequence[Lesson], question: Level, rollout: Rollout, tick: Tick
-    ) -> Groups:
-        """Turn tokens into texts, and texts into verdicts."""
-        texts_NPG = np.empty(rollout.length.shape, object)
-        verdicts_NPG = np.empty(rollout.length.shape, object)
-        for tree, lesson in enumerate(lessons):
-            for place, example in enumerate(lesson.examples):
-                tick("reward")
-                for sample, length in enumerate(rollout.length[tree, place]):
-                    where = tree, place, sample
-                    texts_NPG[where] = self.encoder.decode(rollout.tokens[where][:length])
-                    verdicts_NPG[where] = relation_reward(
-                        texts_NPG[where], example, lesson.guide.schema
-                    )
-        rewards = [verdict.reward for verdict in verdicts_NPG.flat]
-        return Groups(
-            examples=as_examples([lesson.examples for lesson in lessons]),
-            question=question,
-            rollout=rollout,
-            texts=texts_NPG,
-            verdicts=verdicts_NPG,
-            reward=np.array(rewards, np.float32).reshape(verdicts_NPG.shape),
-        )
 
     def _scored(
         self, params: Params, tree: Tree, rollout: Rollout, advantage_NPG: np.ndarray, tick: Tick
@@ -326,10 +233,14 @@ def make_grpo(
 
     return GRPO(
         settings=settings,
-        limits=limits,
-        encoder=encoder,
-        source=source,
-        seed=seed,
+        drawing=Drawing(
+            settings=settings,
+            limits=limits,
+            encoder=encoder,
+            source=source,
+            seed=seed,
+            layout=layout,
+        ),
         first=first,
         layout=layout,
         optimizer=optimizer,
@@ -360,26 +271,6 @@ def grpo_loss(
     entropy = jax.lax.stop_gradient(scores.entropy_NPGC)
     more = {"entropy": entropy.sum(), "logp_gap": gap.sum(), "logp_gap_max": gap.max()}
     return loss, sums | more
-
-
-def question_ids(lessons: Sequence[Lesson]) -> np.ndarray:
-    """Return [N, P, 2] uint32, the id of every question; a guide's title names its data set.
-
-    Raises:
-        ValueError: a question that occurs twice: its completions would be drawn alike.
-    """
-    ids = [
-        example_ids(lesson.guide.title, [example.id for example in lesson.examples])
-        for lesson in lessons
-    ]
-    names = [(lesson.guide.title, example.id) for lesson in lessons for example in lesson.examples]
-    repeated = sorted({name for name in names if names.count(name) > 1})
-    if repeated:
-        raise ValueError(
-            f"{len(repeated)} questions occur twice in one step, {repeated[0][1]!r} of"
-            f" {repeated[0][0]!r} first; give every example an id of its own"
-        )
-    return np.stack(ids)
 
 
 def _score(model: Qwen, tree: Tree, settings: GRPOSettings) -> Any:

@@ -14,16 +14,16 @@ from r1re_jax.rl.scoring import completion_logp
 from r1re_jax.task.lessons import Lesson
 from r1re_jax.task.relations import Example
 from r1re_jax.task.rewards import Verdict, relation_reward
-from r1re_jax.train import grpo as grpo_module
+from r1re_jax.train import drawing as drawing_module
+from r1re_jax.train.drawing import question_ids
 from r1re_jax.train.grpo import (
     GRPO,
     GRPOBlock,
     grpo_loss,
     make_grpo,
-    question_ids,
 )
+from r1re_jax.train.grpo_settings import GRPOSettings
 from r1re_jax.train.optimizer import OptimizerSettings
-from r1re_jax.train.settings import GRPOSettings
 from r1re_jax.train.state import TrainState, create_state, place_params
 from r1re_jax.train.update import NonFiniteError, SamplerDriftError, StepResult
 from tests.tiny import random_level, tiny_guide, tiny_model, tiny_policy
@@ -50,7 +50,7 @@ def _verdict(text: str, example: object, schema: object) -> Verdict:
 @pytest.fixture(autouse=True, scope="module")
 def _spread_rewards() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(grpo_module, "relation_reward", _verdict)
+        patch.setattr(drawing_module, "relation_reward", _verdict)
         yield
 
 
@@ -177,7 +177,7 @@ def test_without_a_kl_term_there_is_no_reference() -> None:
         make_grpo(
             SETTINGS,
             limits=SHORT,
-            encoder=phase.encoder,
+            encoder=phase.drawing.encoder,
             source=phase.source,
             seed=0,
             first=0,
@@ -187,7 +187,7 @@ def test_without_a_kl_term_there_is_no_reference() -> None:
 
 
 def test_equal_rewards_update_nothing_but_by_the_kl_term(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(grpo_module, "relation_reward", relation_reward)
+    monkeypatch.setattr(drawing_module, "relation_reward", relation_reward)
     phase, state = _begin(dataclasses.replace(SETTINGS, kl_coefficient=0.0))
     before = jax.device_get(state.params)
     result = _do(phase, state)
@@ -215,7 +215,7 @@ def test_groups_without_signal_give_their_place_to_fresh_ones(
 ) -> None:
     settings = dataclasses.replace(SETTINGS, trees=1, questions=2, refill=2, group=4)
     (names,) = _asked(settings)
-    monkeypatch.setattr(grpo_module, "relation_reward", _flat_unless({names[1], names[2]}))
+    monkeypatch.setattr(drawing_module, "relation_reward", _flat_unless({names[1], names[2]}))
     result = _do(*_begin(settings))
     assert [row["id"] for row in result.completions] == [names[1], names[2]]
     figures = result.metrics
@@ -226,13 +226,20 @@ def test_groups_without_signal_give_their_place_to_fresh_ones(
     alone, state = _begin(dataclasses.replace(settings, refill=0))
     lesson = source(trees=1, questions=settings.questions_drawn).lessons(0)[0]
     fixed = _Fixed(Lesson(lesson.guide, lesson.examples[1:3]))
-    _same(_do(dataclasses.replace(alone, source=fixed), state), result, drawn=False)
+    _same(
+        _do(
+            dataclasses.replace(alone, drawing=dataclasses.replace(alone.drawing, source=fixed)),
+            state,
+        ),
+        result,
+        drawn=False,
+    )
 
 
 def test_refilling_ends_with_its_budget(monkeypatch: pytest.MonkeyPatch) -> None:
     settings = dataclasses.replace(SETTINGS, trees=2, questions=2, refill=1)
     names = _asked(settings)
-    monkeypatch.setattr(grpo_module, "relation_reward", _flat_unless({names[0][3]}))
+    monkeypatch.setattr(drawing_module, "relation_reward", _flat_unless({names[0][3]}))
     result = _do(*_begin(settings))
     kept = [row["id"] for row in result.completions]
     assert kept == [names[0][0], names[0][3], names[1][0], names[1][1]]
@@ -254,7 +261,7 @@ def test_a_loss_that_is_not_finite_stops_before_the_update(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     bad = Verdict(float("nan"), False, False, None, None)
-    monkeypatch.setattr(grpo_module, "relation_reward", lambda *args: bad)
+    monkeypatch.setattr(drawing_module, "relation_reward", lambda *args: bad)
     phase, state = _begin()
     with pytest.raises(NonFiniteError, match="the loss is nan"):
         phase.step(state, 1, tick=lambda note: None)

@@ -17,7 +17,8 @@ from r1re_jax.train.config import (
     read_settings,
     resolved,
 )
-from r1re_jax.train.settings import GRPOSettings, Phase, SFTSettings
+from r1re_jax.train.grpo_settings import GRPOSettings
+from r1re_jax.train.settings import Phase, SFTSettings
 from tests.train.world import config
 
 

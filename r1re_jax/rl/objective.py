@@ -16,7 +16,7 @@ from jax.typing import ArrayLike
 
 from r1re_jax.rl.kinds import KlKind, LossKind, pick
 from r1re_jax.rl.kl import token_kl
-from r1re_jax.rl.losses import token_policy_loss
+from r1re_jax.rl.losses import check_dual_clip, token_policy_loss
 from r1re_jax.rl.masks import as_mask, keep, require_shape
 
 
@@ -28,6 +28,7 @@ class LossSettings:
         kind: policy objective; a string is turned into its `LossKind`.
         clip_low: the ratio is clipped from below at 1 − clip_low.
         clip_high: and from above at 1 + clip_high.
+        dual_clip: bounds the objective of negative advantages, see `token_policy_loss`; 0 = off.
         length: of `dr_grpo`, the constant that stands for a row's length; None = the padded one.
         kl_coefficient: β, weight of the KL term; with 0 no reference is needed.
         kl_kind: its estimator; a string is turned into its `KlKind`.
@@ -36,6 +37,7 @@ class LossSettings:
     kind: LossKind = LossKind.GRPO
     clip_low: float = 0.2
     clip_high: float = 0.2
+    dual_clip: float = 0.0
     length: int | None = None
     kl_coefficient: float = 0.001
     kl_kind: KlKind = KlKind.K3_PLUS
@@ -50,6 +52,7 @@ class LossSettings:
             )
         if not self.clip_high >= 0:
             raise ValueError(f"clip_high is {self.clip_high}; it must be at least 0")
+        check_dual_clip(self.dual_clip, kind=self.kind)
         if not self.kl_coefficient >= 0:
             raise ValueError(f"kl_coefficient is {self.kl_coefficient}; it must be at least 0")
         if self.length is not None and self.length < 1:
@@ -102,6 +105,7 @@ def objective(
         kind=settings.kind,
         clip_low=settings.clip_low,
         clip_high=settings.clip_high,
+        dual_clip=settings.dual_clip,
     )
     loss = policy = jnp.sum(weight * token_loss)
     sums = {name: jnp.sum(value) for name, value in statistics.items()}
@@ -122,7 +126,8 @@ def metrics(sums: dict[str, jax.Array]) -> dict[str, jax.Array]:
 
     Returns:
         `policy_loss` and `kl_loss` (before β) as they enter the loss; means over tokens `ratio`,
-        `clip_low`, `clip_high`, `old_kl`, `kl` (k3 whatever the loss uses); `tokens`.
+        `clip_low`, `clip_high`, `dual_clip` (where it is on), `old_kl`, `kl` (k3 whatever the
+        loss uses); `tokens`.
     """
     whole = {"policy_loss", "kl_loss", "tokens"}
     tokens = jnp.maximum(sums["tokens"], 1).astype(jnp.float32)

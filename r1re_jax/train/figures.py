@@ -9,6 +9,9 @@ import numpy as np
 from r1re_jax.train.groups import Groups
 from r1re_jax.train.update import Gradient
 
+# Sums of the loss function that are reported as means over tokens, where they are there.
+TOKEN_MEANS = ("entropy", "ratio", "clip_low", "clip_high", "dual_clip", "old_kl", "kl")
+
 
 class Clock:
     """Seconds of the parts of a step."""
@@ -83,7 +86,7 @@ def update_metrics(gradients: Sequence[Gradient]) -> dict[str, float]:
     means: dict[str, list[float]] = {}
     for gradient in gradients:
         tokens = max(gradient.sums["tokens"], 1)
-        for name in ("entropy", "ratio", "clip_low", "clip_high", "old_kl", "kl"):
+        for name in TOKEN_MEANS:
             if name in gradient.sums:
                 means.setdefault(name, []).append(gradient.sums[name] / tokens)
         for name, value in (("loss", gradient.loss), ("grad_norm", gradient.norm)):

@@ -33,6 +33,9 @@ class GRPOSettings:
         loss: see `r1re_jax.rl.losses`.
         clip_low: the ratio is clipped from below at 1 - clip_low.
         clip_high: and from above at 1 + clip_high.
+        dual_clip: for negative advantages the objective is bounded below by dual_clip times the
+            advantage, so that no single token that became much likelier rules the step; above 1,
+            0 for off (arXiv 1912.09729, equation 5).
         kl_coefficient: weight of KL(policy‖reference); 0 needs no reference.
         kl: its estimator, see `r1re_jax.rl.kl`.
         chunk: tokens decoded between two looks at signals.
@@ -57,6 +60,7 @@ class GRPOSettings:
     loss: LossKind = LossKind.GRPO
     clip_low: float = 0.2
     clip_high: float = 0.2
+    dual_clip: float = 0.0
     kl_coefficient: float = 0.001
     kl: KlKind = KlKind.K3_PLUS
     chunk: int = 32
@@ -101,6 +105,7 @@ class GRPOSettings:
             kind=self.loss,
             clip_low=self.clip_low,
             clip_high=self.clip_high,
+            dual_clip=self.dual_clip,
             kl_coefficient=self.kl_coefficient,
             kl_kind=self.kl,
         )

@@ -161,6 +161,7 @@ _PAIRED = {
     "grpo.advantage": {"grpo__advantage": "rloo"},
     "grpo.loss": {"grpo__loss": "gspo"},
     "grpo.kl": {"grpo__kl": "k2"},
+    "grpo.dual_clip": {"grpo__dual_clip": 3.0},
     "sft.schedule": {"sft__schedule": "cosine"},
     "grpo.schedule": {"grpo__schedule": "cosine"},
     "checkpoint.best": {"checkpoint__best": "held/accuracy"},

@@ -15,7 +15,13 @@ from r1re_jax.rollout.rollout import Rollout, generate
 from r1re_jax.rollout.sampling import SamplingSettings
 from r1re_jax.task.lessons import Lesson, Source
 from r1re_jax.task.prompts import PromptEncoder
-from r1re_jax.task.rewards import relation_reward
+from r1re_jax.task.rewards import (
+    RewardPart,
+    Verdict,
+    overlong_penalty,
+    relation_reward,
+    reward_part,
+)
 from r1re_jax.train.batch import prompt_levels
 from r1re_jax.train.figures import Clock
 from r1re_jax.train.groups import Groups, as_examples, join
@@ -126,18 +132,20 @@ class Drawing:
     def _judge(
         self, lessons: Sequence[Lesson], question: Level, rollout: Rollout, tick: Tick
     ) -> Groups:
-        """Turn tokens into texts, and texts into verdicts."""
-        texts_NPG = np.empty(rollout.length.shape, object)
-        verdicts_NPG = np.empty(rollout.length.shape, object)
+        """Turn tokens into texts, and texts into verdicts and rewards."""
+        shape = rollout.length.shape
+        texts_NPG, verdicts_NPG = np.empty(shape, object), np.empty(shape, object)
+        parts = np.empty((*shape, len(self.settings.rewards) or 1), np.float32)
+        overlong_NPG = self._overlong(rollout)
         for tree, lesson in enumerate(lessons):
             for place, example in enumerate(lesson.examples):
                 tick("reward")
                 for sample, length in enumerate(rollout.length[tree, place]):
                     where = tree, place, sample
                     texts_NPG[where] = self.encoder.decode(rollout.tokens[where][:length])
-                    verdicts_NPG[where] = relation_reward(
-                        texts_NPG[where], example, lesson.guide.schema
-                    )
+                    verdict = relation_reward(texts_NPG[where], example, lesson.guide.schema)
+                    reward, parts[where] = self._reward(verdict, float(overlong_NPG[where]))
+                    verdicts_NPG[where] = dataclasses.replace(verdict, reward=reward)
         rewards = [verdict.reward for verdict in verdicts_NPG.flat]
         return Groups(
             examples=as_examples([lesson.examples for lesson in lessons]),
@@ -145,8 +153,35 @@ class Drawing:
             rollout=rollout,
             texts=texts_NPG,
             verdicts=verdicts_NPG,
-            reward=np.array(rewards, np.float32).reshape(verdicts_NPG.shape),
+            reward=np.array(rewards, np.float32).reshape(shape),
+            parts=parts,
+            overlong=overlong_NPG.astype(np.float32),
         )
+
+    def _overlong(self, rollout: Rollout) -> np.ndarray:
+        """Return the penalty of every completion, [N, P, G]."""
+        buffer, limit = self.settings.overlong_buffer, self.limits.completion
+        penalty_NPG = np.zeros(rollout.length.shape)
+        for where in np.ndindex(penalty_NPG.shape) if buffer else ():
+            penalty_NPG[where] = overlong_penalty(
+                int(rollout.length[where]),
+                truncated=bool(rollout.truncated[where]),
+                limit=limit,
+                buffer=buffer,
+            )
+        return penalty_NPG
+
+    def _reward(self, verdict: Verdict, overlong: float) -> tuple[float, list[float]]:
+        """Return a completion's reward in all, and the parts that are compared by themselves."""
+        settings = self.settings
+        if not settings.rewards:
+            reward = verdict.reward + settings.overlong_weight * overlong
+            return reward, [reward]
+        parts = [
+            reward_part(RewardPart(name), verdict, overlong=overlong) for name in settings.rewards
+        ]
+        weighted = zip(settings.rewards.values(), parts, strict=True)
+        return sum(weight * part for weight, part in weighted), parts
 
 
 def question_ids(lessons: Sequence[Lesson]) -> np.ndarray:

@@ -18,7 +18,7 @@ from flax import nnx
 from r1re_jax.model.qwen import Qwen
 from r1re_jax.model.tree import Level, Tree
 from r1re_jax.policy import Limits
-from r1re_jax.rl.advantages import group_advantages
+from r1re_jax.rl.advantages import combined_advantages
 from r1re_jax.rl.losses import token_weights
 from r1re_jax.rl.masks import length_mask
 from r1re_jax.rl.objective import objective
@@ -28,7 +28,14 @@ from r1re_jax.task.lessons import Source
 from r1re_jax.task.prompts import PromptEncoder
 from r1re_jax.train.batch import blocks, check_mesh, spread, spread_tree
 from r1re_jax.train.drawing import Drawing, Tick
-from r1re_jax.train.figures import Clock, completion_rows, sampling_metrics, update_metrics
+from r1re_jax.train.figures import (
+    Clock,
+    completion_rows,
+    drawing_metrics,
+    sampling_metrics,
+    update_metrics,
+)
+from r1re_jax.train.groups import Groups
 from r1re_jax.train.grpo_settings import GRPOSettings
 from r1re_jax.train.optimizer import learning_rate, make_optimizer
 from r1re_jax.train.state import Layout, Params, TrainState, model_state
@@ -106,18 +113,16 @@ class GRPO:
         clock = Clock()
         drawn = self.drawing.draw(state.params, number, tick=tick, clock=clock)
         kept = drawn.groups.choose(self.settings.questions)
-        advantage_NPG = np.asarray(group_advantages(kept.reward, kind=self.settings.advantage))
+        advantage_NPG = self._advantages(kept)
         completion = Level(kept.rollout.tokens, kept.rollout.length)
         tree = Tree(drawn.guide, kept.question, completion)
         batch = self._scored(state.params, tree, kept.rollout, advantage_NPG, tick)
         clock.lap("reference")
         state, gradients = self._updates(state, batch, tick)
         clock.lap("update")
-        metrics = sampling_metrics(drawn.groups)
-        metrics |= {
-            "draws": float(drawn.draws),
-            "frac_kept_zero_std": float(1 - kept.signal.mean()),
-        }
+        metrics = {"draws": float(drawn.draws), **sampling_metrics(drawn.groups, self.settings)}
+        places_NP = drawn.groups.places(self.settings.questions)
+        metrics |= drawing_metrics(drawn.groups, kept, places_NP)
         metrics |= update_metrics(gradients)
         done = (number - 1 - self.first) * self.settings.inner_iterations
         rate = learning_rate(
@@ -125,7 +130,14 @@ class GRPO:
         )
         metrics |= {"learning_rate": float(rate(done)), **clock.seconds()}
         metrics["tokens_per_second"] = float(drawn.groups.rollout.length.sum()) / metrics["seconds"]
-        return StepResult(state, metrics, completion_rows(kept, advantage_NPG))
+        rows = completion_rows(kept, advantage_NPG, parts=tuple(self.settings.rewards))
+        return StepResult(state, metrics, rows)
+
+    def _advantages(self, kept: Groups) -> np.ndarray:
+        """Compare each reward within its group; [N, P, G]."""
+        weights = tuple(self.settings.rewards.values()) or (1.0,)
+        reward_RNPG = np.moveaxis(kept.parts, -1, 0)
+        return np.asarray(combined_advantages(reward_RNPG, weights, kind=self.settings.advantage))
 
     def _scored(
         self, params: Params, tree: Tree, rollout: Rollout, advantage_NPG: np.ndarray, tick: Tick
@@ -133,6 +145,8 @@ class GRPO:
         """Cut the step into micro-batches and score them under the frozen policies they need."""
         settings = self.settings
         mask_NPGC = length_mask(rollout.length, rollout.tokens.shape[-1])
+        if settings.mask_truncated:
+            mask_NPGC &= ~rollout.truncated[..., None]
         weight_NPGC = np.asarray(token_weights(mask_NPGC, kind=settings.loss))
         batch = []
         for block in blocks(settings.trees, settings.questions, settings.micro_batch):

@@ -1,9 +1,11 @@
 """What a config's `grpo` section says."""
 
 import dataclasses
+from collections.abc import Mapping
 
 from r1re_jax.rl.kinds import AdvantageKind, KlKind, LossKind
 from r1re_jax.rl.objective import LossSettings
+from r1re_jax.task.rewards import RewardPart
 from r1re_jax.train.data_settings import at_least
 from r1re_jax.train.fields import check_batch, flat
 from r1re_jax.train.optimizer import OptimizerSettings
@@ -29,6 +31,16 @@ class GRPOSettings:
         top_p: must be 1: scores are under the whole vocabulary, so truncated sampling would bias
             the ratio of probabilities that the policy gradient rests on.
         min_p: must be 0; see `top_p`.
+        rewards: parts of the reward and their weights (`r1re_jax.task.rewards.RewardPart`); each
+            part is normalised over its group, and the advantage is their weighted sum. Empty: one
+            reward, the rule's total (and the penalty of `overlong_buffer`, if there is one).
+        overlong_buffer: so many tokens below the limit of a completion a penalty begins that grows
+            linearly to 1 at the limit, where it stays for a completion that was cut off (DAPO,
+            arXiv 2503.14476, equation 13); 0 for none.
+        overlong_weight: what the penalty is multiplied by before it is taken from the total; where
+            `rewards` names parts, the weight of its part `length` stands there instead.
+        mask_truncated: whether completions that were cut off are left out of the loss and the KL
+            term (overlong filtering, DAPO, 3.4); their rewards still count in their groups.
         advantage: see `r1re_jax.rl.advantages`.
         loss: see `r1re_jax.rl.losses`.
         clip_low: the ratio is clipped from below at 1 - clip_low.
@@ -56,6 +68,10 @@ class GRPOSettings:
     top_k: int = 0
     top_p: float = 1.0
     min_p: float = 0.0
+    rewards: Mapping[str, float] = dataclasses.field(default_factory=dict)
+    overlong_buffer: int = 0
+    overlong_weight: float = 1.0
+    mask_truncated: bool = False
     advantage: AdvantageKind = AdvantageKind.GRPO
     loss: LossKind = LossKind.GRPO
     clip_low: float = 0.2
@@ -70,7 +86,7 @@ class GRPOSettings:
 
     def __post_init__(self) -> None:
         """Refuse sizes that do not fit and sampling that scoring does not match."""
-        at_least(self, 0, "steps", "micro_batch", "refill")
+        at_least(self, 0, "steps", "micro_batch", "refill", "overlong_buffer")
         at_least(self, 1, "trees", "questions", "inner_iterations", "chunk", "score_chunk")
         if self.group < 2:
             raise ValueError(
@@ -90,8 +106,32 @@ class GRPOSettings:
                     f" sampling from a part of it would bias the gradient: leave it at {neutral}"
                 )
         check_batch(self.trees, self.questions, self.micro_batch)
+        self._check_rewards()
         self.objective  # noqa: B018  refuses what the loss refuses
         object.__setattr__(self, "optimizer", self.optimizer.resolved(self.steps))
+
+    def _check_rewards(self) -> None:
+        """Refuse parts that do not exist, and penalties that nothing would read."""
+        known = [part.value for part in RewardPart]
+        for name, weight in self.rewards.items():
+            if name not in known:
+                raise ValueError(f"rewards has {name!r}; the parts are {', '.join(known)}")
+            if not weight > 0:
+                raise ValueError(f"rewards.{name} is {weight}; a weight must be above 0")
+        if not self.overlong_weight > 0:
+            raise ValueError(
+                f"overlong_weight is {self.overlong_weight}; it must be above 0 (overlong_buffer=0"
+                " switches the penalty off)"
+            )
+        if not self.overlong_buffer and self.overlong_weight != 1:
+            raise ValueError("overlong_weight is given, but there is no penalty: overlong_buffer=0")
+        if self.rewards and self.overlong_weight != 1:
+            raise ValueError("where rewards names parts, give the weight as rewards.length")
+        if self.rewards and bool(self.overlong_buffer) != (RewardPart.LENGTH in self.rewards):
+            raise ValueError(
+                "rewards.length is the penalty of overlong_buffer: where rewards names parts, give"
+                " both or neither"
+            )
 
     @property
     def questions_drawn(self) -> int:

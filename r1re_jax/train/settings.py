@@ -221,6 +221,11 @@ class Settings:
                 f"checkpoint.best is {self.checkpoint.best!r}; expected SET/METRIC, one of the sets"
                 f" of data.eval, {sorted(self.data.eval)}, and one of {', '.join(EVAL_METRICS)}"
             )
+        if self.grpo.overlong_buffer > self.training_limits.completion:
+            raise ValueError(
+                f"grpo.overlong_buffer is {self.grpo.overlong_buffer} tokens and a completion has"
+                f" {self.training_limits.completion} at most; it must be no more than these"
+            )
         if metric == "greedy_accuracy" and not self.evaluate.greedy:
             raise ValueError("checkpoint.best asks for greedy_accuracy; set evaluate.greedy=True")
 

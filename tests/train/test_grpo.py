@@ -220,6 +220,8 @@ def test_groups_without_signal_give_their_place_to_fresh_ones(
     assert [row["id"] for row in result.completions] == [names[1], names[2]]
     figures = result.metrics
     assert figures["draws"] == 2, "the third round is not needed"
+    assert (figures["groups_drawn"], figures["groups_dropped"]) == (4, 2)
+    assert figures["groups_refilled"] == 1, "names[2] stands where names[0] was"
     assert figures["frac_reward_zero_std"] == 0.5, "of the four that were drawn"
     assert figures["frac_kept_zero_std"] == 0
     # The same as a step that was asked these two questions alone: keys follow the example.
@@ -244,6 +246,7 @@ def test_refilling_ends_with_its_budget(monkeypatch: pytest.MonkeyPatch) -> None
     kept = [row["id"] for row in result.completions]
     assert kept == [names[0][0], names[0][3], names[1][0], names[1][1]]
     assert result.metrics["draws"] == 2
+    assert [result.metrics[f"groups_{of}"] for of in ("drawn", "dropped", "refilled")] == [8, 4, 1]
     assert result.metrics["frac_kept_zero_std"] == 0.75
 
 

@@ -113,6 +113,13 @@ def test_all_problems_are_told_at_once() -> None:
         ({"grpo__questions": 6, "grpo__micro_batch": 9}, "a multiple of 6 that divides 6"),
         ({"sft__trees": 4, "sft__questions": 2, "sft__micro_batch": 6}, "that divides 8"),
         ({"grpo__clip_low": 1.5}, "clip_low"),
+        ({"grpo__dual_clip": 0.5}, "dual_clip is 0.5"),
+        ({"grpo__rewards": {"fomat": 1}}, "the parts are total, format, answer, length"),
+        (
+            {"grpo__rewards": {"format": "1"}},
+            "grpo.rewards.format is '1', a str; expected a number",
+        ),
+        ({"grpo__overlong_buffer": 57}, "a completion has 56 at most"),
         ({"grpo__learning_rate": -1.0}, "learning_rate is -1.0; it must be at least 0"),
         ({"grpo__b1": 1.0}, "b1 is 1.0; it must be in [0, 1)"),
         ({"grpo__warmup": -1}, "warmup is -1"),
@@ -162,6 +169,7 @@ _PAIRED = {
     "grpo.loss": {"grpo__loss": "gspo"},
     "grpo.kl": {"grpo__kl": "k2"},
     "grpo.dual_clip": {"grpo__dual_clip": 3.0},
+    "grpo.rewards": {"grpo__rewards": {"format": 1.0}},
     "sft.schedule": {"sft__schedule": "cosine"},
     "grpo.schedule": {"grpo__schedule": "cosine"},
     "checkpoint.best": {"checkpoint__best": "held/accuracy"},
@@ -173,14 +181,16 @@ _PAIRED = {
     "data.eval.held.options": {"data__eval__held__options": {"relations": 3}},
 }
 _NEUTRAL = {"grpo.top_k", "grpo.top_p", "grpo.min_p"}
-# Set with their schedules, below.
+# Set with what they belong to, in `_WITH` or below.
 _LENGTHS = {"sft.decay_steps", "grpo.decay_steps"}
 _KEYS = sorted(dict(flat_keys(resolved(read_settings(_config())))).keys() - _NEUTRAL - _LENGTHS)
+# Keys that have a meaning beside another one alone.
+_WITH = {"grpo.overlong_weight": {"grpo__overlong_buffer": 7}}
 
 
 @pytest.mark.parametrize("key", _KEYS)
 def test_every_key_is_in_the_hash_unless_it_is_safe(key: str) -> None:
-    base = read_settings(_config())
+    base = read_settings(_config(**_WITH.get(key, {})))
     values = copy.deepcopy(resolved(base))
     changes = _PAIRED.get(key)
     if changes is None:

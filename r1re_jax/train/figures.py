@@ -12,6 +12,8 @@ from r1re_jax.train.update import Gradient
 
 # Sums of the loss function that are reported as means over tokens, where they are there.
 TOKEN_MEANS = ("entropy", "ratio", "clip_low", "clip_high", "dual_clip", "old_kl", "kl")
+# Sums that are part of the loss, reported as they are.
+PARTS_OF_LOSS = ("entropy_bonus",)
 
 
 class Clock:
@@ -125,7 +127,9 @@ def update_metrics(gradients: Sequence[Gradient]) -> dict[str, float]:
         for name in TOKEN_MEANS:
             if name in gradient.sums:
                 means.setdefault(name, []).append(gradient.sums[name] / tokens)
-        for name, value in (("loss", gradient.loss), ("grad_norm", gradient.norm)):
+        whole = {name: gradient.sums[name] for name in PARTS_OF_LOSS if name in gradient.sums}
+        whole |= {"loss": gradient.loss, "grad_norm": gradient.norm}
+        for name, value in whole.items():
             means.setdefault(name, []).append(value)
     first = gradients[0].sums
     return {name: float(np.mean(values)) for name, values in means.items()} | {

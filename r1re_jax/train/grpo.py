@@ -280,6 +280,8 @@ def grpo_loss(
         mask_PGC=mask,
         weight_PGC=block.weight_NPGC,
         settings=settings.objective,
+        # Only where it is paid for: else no gradient flows through the entropies.
+        entropy_PGC=scores.entropy_NPGC if settings.entropy_coefficient else None,
     )
     gap = jnp.where(mask, jnp.abs(constant - block.sampler_logp_NPGC), 0.0)
     entropy = jax.lax.stop_gradient(scores.entropy_NPGC)

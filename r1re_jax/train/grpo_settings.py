@@ -50,6 +50,8 @@ class GRPOSettings:
             0 for off (arXiv 1912.09729, equation 5).
         kl_coefficient: weight of KL(policy‖reference); 0 needs no reference.
         kl: its estimator, see `r1re_jax.rl.kl`.
+        entropy_coefficient: weight of the entropy bonus, which is taken from the loss: a policy is
+            paid for staying undecided; 0 for none (PPO, arXiv 1707.06347, equation 9).
         chunk: tokens decoded between two looks at signals.
         score_chunk: completion positions whose logits exist at a time.
         max_logp_gap: the run stops when sampler and trainer differ by more than this in the mean
@@ -79,6 +81,7 @@ class GRPOSettings:
     dual_clip: float = 0.0
     kl_coefficient: float = 0.001
     kl: KlKind = KlKind.K3_PLUS
+    entropy_coefficient: float = 0.0
     chunk: int = 32
     score_chunk: int = 128
     max_logp_gap: float = 0.25
@@ -148,4 +151,5 @@ class GRPOSettings:
             dual_clip=self.dual_clip,
             kl_coefficient=self.kl_coefficient,
             kl_kind=self.kl,
+            entropy_coefficient=self.entropy_coefficient,
         )

@@ -38,6 +38,7 @@ from r1re_jax.train.figures import (
 from r1re_jax.train.groups import Groups
 from r1re_jax.train.grpo_settings import GRPOSettings
 from r1re_jax.train.optimizer import learning_rate, make_optimizer
+from r1re_jax.train.reference import followed
 from r1re_jax.train.state import Layout, Params, TrainState, model_state
 from r1re_jax.train.update import (
     Gradient,
@@ -83,7 +84,8 @@ class GRPO:
         optimizer: of the phase.
         programs: jitted updates.
         score: jitted, (params, tree) -> logp_NPGC.
-        reference: frozen parameters; None without a KL term.
+        reference: frozen parameters; None without a KL term, or where the reference follows the
+            policy and is part of the state.
     """
 
     settings: GRPOSettings
@@ -116,9 +118,19 @@ class GRPO:
         advantage_NPG = self._advantages(kept)
         completion = Level(kept.rollout.tokens, kept.rollout.length)
         tree = Tree(drawn.guide, kept.question, completion)
-        batch = self._scored(state.params, tree, kept.rollout, advantage_NPG, tick)
+        batch = self._scored(state, tree, kept.rollout, advantage_NPG, tick)
         clock.lap("reference")
         state, gradients = self._updates(state, batch, tick)
+        if state.reference is not None:
+            state = dataclasses.replace(
+                state,
+                reference=followed(
+                    state.reference,
+                    state.params,
+                    self.settings.reference,
+                    done=number - self.first,
+                ),
+            )
         clock.lap("update")
         metrics = {"draws": float(drawn.draws), **sampling_metrics(drawn.groups, self.settings)}
         places_NP = drawn.groups.places(self.settings.questions)
@@ -140,10 +152,16 @@ class GRPO:
         return np.asarray(combined_advantages(reward_RNPG, weights, kind=self.settings.advantage))
 
     def _scored(
-        self, params: Params, tree: Tree, rollout: Rollout, advantage_NPG: np.ndarray, tick: Tick
+        self,
+        state: TrainState,
+        tree: Tree,
+        rollout: Rollout,
+        advantage_NPG: np.ndarray,
+        tick: Tick,
     ) -> list[GRPOBlock]:
         """Cut the step into micro-batches and score them under the frozen policies they need."""
         settings = self.settings
+        frozen = self.reference if state.reference is None else state.reference
         mask_NPGC = length_mask(rollout.length, rollout.tokens.shape[-1])
         if settings.mask_truncated:
             mask_NPGC &= ~rollout.truncated[..., None]
@@ -153,8 +171,8 @@ class GRPO:
             tick("reference")
             part = block.of_tree(tree)
             # On policy the update's own forward gives the old log-probabilities; see `grpo_loss`.
-            old = self.score(params, part) if settings.inner_iterations > 1 else None
-            reference = None if self.reference is None else self.score(self.reference, part)
+            old = self.score(state.params, part) if settings.inner_iterations > 1 else None
+            reference = None if frozen is None else self.score(frozen, part)
             batch.append(
                 GRPOBlock(
                     tree=part,
@@ -182,9 +200,15 @@ class GRPO:
             )
             if iteration == 0:
                 self._check_drift(gradient)
-            state = self.programs.apply(state, gradient.params)
+            state = self._apply(state, gradient)
             gradients.append(dataclasses.replace(gradient, params={}))
         return state, gradients
+
+    def _apply(self, state: TrainState, gradient: Gradient) -> TrainState:
+        """Update what the optimizer updates; a reference that follows the policy is not donated."""
+        reference, state = state.reference, dataclasses.replace(state, reference=None)
+        state = self.programs.apply(state, gradient.params)
+        return dataclasses.replace(state, reference=reference)
 
     def _check_drift(self, gradient: Gradient) -> None:
         gap = gradient.sums["logp_gap"] / max(gradient.sums["tokens"], 1)
@@ -217,14 +241,15 @@ def make_grpo(
         seed: of sampling.
         first: steps that were completed before the phase.
         layout: the model without its arrays.
-        reference: frozen parameters; needed if the KL coefficient is not 0.
+        reference: frozen parameters; needed if the KL coefficient is not 0, unless the reference
+            follows the policy: then it is part of the state.
 
     Raises:
         ValueError: micro-batches that the mesh cannot share evenly, or no reference.
     """
     sizes = settings.trees, settings.questions, settings.micro_batch
     check_mesh(*sizes, mesh=layout.mesh, phase="grpo")
-    if settings.kl_coefficient and reference is None:
+    if settings.kl_coefficient and reference is None and not settings.reference.every:
         raise ValueError(
             f"grpo.kl_coefficient is {settings.kl_coefficient} but there is no reference"
         )

@@ -12,6 +12,31 @@ from r1re_jax.train.optimizer import OptimizerSettings
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class ReferenceSettings:
+    """How the reference of the KL term follows the policy (`r1re_jax.train.reference`).
+
+    Attributes:
+        every: steps between its moves; 0 freezes the policy at the phase's start.
+        decay: share of the old reference that a move keeps; 0 makes it the policy of that step. An
+            exponential moving average has every=1 and a decay close to 1.
+    """
+
+    every: int = 0
+    decay: float = 0.0
+
+    def __post_init__(self) -> None:
+        """Refuse moves that do not move."""
+        at_least(self, 0, "every")
+        if not 0 <= self.decay < 1:
+            raise ValueError(f"decay is {self.decay}; it must be in [0, 1)")
+        if self.decay and not self.every:
+            raise ValueError(
+                f"decay is {self.decay} but every is 0, a frozen reference: give every=1 for a"
+                " moving average"
+            )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class GRPOSettings:
     """Group relative policy optimization (arXiv 2402.03300); defaults of R1-RE (arXiv 2507.04642).
 
@@ -50,6 +75,7 @@ class GRPOSettings:
             0 for off (arXiv 1912.09729, equation 5).
         kl_coefficient: weight of KL(policy‖reference); 0 needs no reference.
         kl: its estimator, see `r1re_jax.rl.kl`.
+        reference: how the reference follows the policy, see `ReferenceSettings`.
         entropy_coefficient: weight of the entropy bonus, which is taken from the loss: a policy is
             paid for staying undecided; 0 for none (PPO, arXiv 1707.06347, equation 9).
         chunk: tokens decoded between two looks at signals.
@@ -81,6 +107,7 @@ class GRPOSettings:
     dual_clip: float = 0.0
     kl_coefficient: float = 0.001
     kl: KlKind = KlKind.K3_PLUS
+    reference: ReferenceSettings = ReferenceSettings()
     entropy_coefficient: float = 0.0
     chunk: int = 32
     score_chunk: int = 128
@@ -108,6 +135,11 @@ class GRPOSettings:
                     f"{name} is {getattr(self, name)}; training scores the whole vocabulary, so"
                     f" sampling from a part of it would bias the gradient: leave it at {neutral}"
                 )
+        if self.reference.every and not self.kl_coefficient:
+            raise ValueError(
+                f"reference.every is {self.reference.every}, but with kl_coefficient=0 there is no"
+                " reference"
+            )
         check_batch(self.trees, self.questions, self.micro_batch)
         self._check_rewards()
         self.objective  # noqa: B018  refuses what the loss refuses

@@ -114,6 +114,10 @@ def test_all_problems_are_told_at_once() -> None:
         ({"sft__trees": 4, "sft__questions": 2, "sft__micro_batch": 6}, "that divides 8"),
         ({"grpo__clip_low": 1.5}, "clip_low"),
         ({"grpo__dual_clip": 0.5}, "dual_clip is 0.5"),
+        ({"grpo__reference": {"every": -1}}, "every is -1"),
+        ({"grpo__reference": {"decay": 0.9}}, "give every=1 for a moving average"),
+        ({"grpo__reference": {"every": 1, "decay": 1.0}}, "decay is 1.0; it must be in [0, 1)"),
+        ({"grpo__reference": {"every": 1}, "grpo__kl_coefficient": 0.0}, "there is no reference"),
         ({"grpo__rewards": {"fomat": 1}}, "the parts are total, format, answer, length"),
         (
             {"grpo__rewards": {"format": "1"}},
@@ -185,7 +189,10 @@ _NEUTRAL = {"grpo.top_k", "grpo.top_p", "grpo.min_p"}
 _LENGTHS = {"sft.decay_steps", "grpo.decay_steps"}
 _KEYS = sorted(dict(flat_keys(resolved(read_settings(_config())))).keys() - _NEUTRAL - _LENGTHS)
 # Keys that have a meaning beside another one alone.
-_WITH = {"grpo.overlong_weight": {"grpo__overlong_buffer": 7}}
+_WITH = {
+    "grpo.overlong_weight": {"grpo__overlong_buffer": 7},
+    "grpo.reference.decay": {"grpo__reference": {"every": 7}},
+}
 
 
 @pytest.mark.parametrize("key", _KEYS)

@@ -74,6 +74,7 @@ def objective(
     weight_PGC: ArrayLike,
     settings: LossSettings,
     entropy_PGC: ArrayLike | None = None,
+    importance_PGC: ArrayLike | None = None,
 ) -> tuple[jax.Array, dict[str, jax.Array]]:
     """Σ weight · (policy loss + β · KL − c · entropy) over the tokens given.
 
@@ -93,6 +94,8 @@ def objective(
         settings: see `LossSettings`.
         entropy_PGC: [*B, C] entropy of the distribution that each token was drawn from;
             differentiated. None only if its coefficient is 0.
+        importance_PGC: [*B, C] of `r1re_jax.rl.correction.importance_weights`, multiplied with the
+            policy loss alone; None for 1.
 
     Returns:
         fp32 scalar, and sums for `metrics`; add those of all micro-batches leaf by leaf.
@@ -120,6 +123,9 @@ def objective(
         clip_high=settings.clip_high,
         dual_clip=settings.dual_clip,
     )
+    if importance_PGC is not None:
+        require_shape("importance", importance_PGC, np.shape(logp_PGC), "logp")
+        token_loss = jax.lax.stop_gradient(keep(importance_PGC, mask)) * token_loss
     loss = policy = jnp.sum(weight * token_loss)
     sums = {name: jnp.sum(value) for name, value in statistics.items()}
     sums |= {"policy_loss": policy, "tokens": jnp.sum(mask, dtype=jnp.int32)}

@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 
+from r1re_jax.rl.correction import correction_metrics
 from r1re_jax.train.groups import Groups
 from r1re_jax.train.grpo_settings import GRPOSettings
 from r1re_jax.train.update import Gradient
@@ -135,4 +136,5 @@ def update_metrics(gradients: Sequence[Gradient]) -> dict[str, float]:
     return {name: float(np.mean(values)) for name, values in means.items()} | {
         "logp_gap": first["logp_gap"] / max(first["tokens"], 1),
         "logp_gap_max": first["logp_gap_max"],
+        **correction_metrics(first),
     }

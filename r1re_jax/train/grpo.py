@@ -19,6 +19,8 @@ from r1re_jax.model.qwen import Qwen
 from r1re_jax.model.tree import Level, Tree
 from r1re_jax.policy import Limits
 from r1re_jax.rl.advantages import combined_advantages
+from r1re_jax.rl.correction import chosen, correction_sums, importance_weights
+from r1re_jax.rl.kinds import CorrectionKind
 from r1re_jax.rl.losses import token_weights
 from r1re_jax.rl.masks import length_mask
 from r1re_jax.rl.objective import objective
@@ -79,6 +81,7 @@ class GRPO:
     Attributes:
         settings: of the phase.
         drawing: how completions are drawn and judged.
+        correction: of what the sampler drew; never `auto`.
         first: steps that were completed before the phase.
         layout: the model without its arrays.
         optimizer: of the phase.
@@ -90,6 +93,7 @@ class GRPO:
 
     settings: GRPOSettings
     drawing: Drawing
+    correction: CorrectionKind
     first: int
     layout: Layout
     optimizer: optax.GradientTransformation
@@ -230,6 +234,7 @@ def make_grpo(
     first: int,
     layout: Layout,
     reference: Params | None,
+    sampler: Layout | None = None,
 ) -> GRPO:
     """Build the reinforcement.
 
@@ -243,6 +248,8 @@ def make_grpo(
         layout: the model without its arrays.
         reference: frozen parameters; needed if the KL coefficient is not 0, unless the reference
             follows the policy: then it is part of the state.
+        sampler: the model that draws, with the parameters of the one that is trained, where it is
+            another, such as one that computes in a lower precision.
 
     Raises:
         ValueError: micro-batches that the mesh cannot share evenly, or no reference.
@@ -259,12 +266,23 @@ def make_grpo(
         updates_per_step=settings.inner_iterations,
     )
 
+    drawing = Drawing(
+        settings=settings,
+        limits=limits,
+        encoder=encoder,
+        source=source,
+        seed=seed,
+        layout=sampler or layout,
+    )
+    differs = sampler_differs(drawing.layout, layout)
+    correction = chosen(settings.correction, sampler_differs=differs)
+
     def loss(model: Qwen, block: GRPOBlock) -> tuple[jax.Array, dict[str, jax.Array]]:
         below = dataclasses.replace(block, tree=None)
         block = dataclasses.replace(
             spread(below, layout.mesh), tree=spread_tree(block.tree, layout.mesh)
         )
-        return grpo_loss(model, block, settings)
+        return grpo_loss(model, block, settings, correction=correction)
 
     def score(params: Params, tree: Tree) -> jax.Array:
         model = nnx.merge(layout.graph, model_state(params))
@@ -272,14 +290,8 @@ def make_grpo(
 
     return GRPO(
         settings=settings,
-        drawing=Drawing(
-            settings=settings,
-            limits=limits,
-            encoder=encoder,
-            source=source,
-            seed=seed,
-            layout=layout,
-        ),
+        drawing=drawing,
+        correction=correction,
         first=first,
         layout=layout,
         optimizer=optimizer,
@@ -289,17 +301,47 @@ def make_grpo(
     )
 
 
+def sampler_differs(sampler: Layout, trained: Layout) -> bool:
+    """Whether completions are drawn by another model than the one that is trained.
+
+    Then `grpo.correction` is on by default. Today's runs draw with the model that they train; a
+    sampler that is quantised or computes in another precision has a graph of its own.
+    """
+    return sampler.graph != trained.graph
+
+
 def grpo_loss(
-    model: Qwen, block: GRPOBlock, settings: GRPOSettings
+    model: Qwen,
+    block: GRPOBlock,
+    settings: GRPOSettings,
+    *,
+    correction: CorrectionKind = CorrectionKind.NONE,
 ) -> tuple[jax.Array, dict[str, jax.Array]]:
-    """Return the block's part of the objective, and sums (and maxima) for metrics."""
+    """Return the block's part of the objective, and sums (and maxima) for metrics.
+
+    Args:
+        model: the policy.
+        block: of the step.
+        settings: of the phase.
+        correction: of what the sampler drew; not `auto`.
+    """
     scores = _score(model, block.tree, settings)
     logp = scores.logp_NPGC
     mask = length_mask(block.tree.completion.length, logp.shape[-1])
     constant = jax.lax.stop_gradient(logp)
+    old = constant if block.old_logp_NPGC is None else block.old_logp_NPGC
+    importance = None
+    if correction is not CorrectionKind.NONE:
+        importance = importance_weights(
+            old,
+            block.sampler_logp_NPGC,
+            mask,
+            kind=correction,
+            limit=settings.correction_limit,
+        )
     loss, sums = objective(
         logp,
-        old_logp_PGC=constant if block.old_logp_NPGC is None else block.old_logp_NPGC,
+        old_logp_PGC=old,
         ref_logp_PGC=block.ref_logp_NPGC,
         advantage_PG=block.advantage_NPG,
         mask_PGC=mask,
@@ -307,7 +349,9 @@ def grpo_loss(
         settings=settings.objective,
         # Only where it is paid for: else no gradient flows through the entropies.
         entropy_PGC=scores.entropy_NPGC if settings.entropy_coefficient else None,
+        importance_PGC=importance,
     )
+    sums |= correction_sums(old, block.sampler_logp_NPGC, mask, weight_PGC=importance)
     gap = jnp.where(mask, jnp.abs(constant - block.sampler_logp_NPGC), 0.0)
     entropy = jax.lax.stop_gradient(scores.entropy_NPGC)
     more = {"entropy": entropy.sum(), "logp_gap": gap.sum(), "logp_gap_max": gap.max()}

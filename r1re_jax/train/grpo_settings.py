@@ -3,7 +3,7 @@
 import dataclasses
 from collections.abc import Mapping
 
-from r1re_jax.rl.kinds import AdvantageKind, KlKind, LossKind
+from r1re_jax.rl.kinds import AdvantageKind, CorrectionKind, KlKind, LossKind
 from r1re_jax.rl.objective import LossSettings
 from r1re_jax.task.rewards import RewardPart
 from r1re_jax.train.data_settings import at_least
@@ -78,6 +78,9 @@ class GRPOSettings:
         reference: how the reference follows the policy, see `ReferenceSettings`.
         entropy_coefficient: weight of the entropy bonus, which is taken from the loss: a policy is
             paid for staying undecided; 0 for none (PPO, arXiv 1707.06347, equation 9).
+        correction: how the loss is weighted where sampler and trainer differ, see
+            `r1re_jax.rl.correction`; `auto` corrects where the sampler is another model.
+        correction_limit: the largest ratio of the trainer's probability to the sampler's.
         chunk: tokens decoded between two looks at signals.
         score_chunk: completion positions whose logits exist at a time.
         max_logp_gap: the run stops when sampler and trainer differ by more than this in the mean
@@ -109,6 +112,8 @@ class GRPOSettings:
     kl: KlKind = KlKind.K3_PLUS
     reference: ReferenceSettings = ReferenceSettings()
     entropy_coefficient: float = 0.0
+    correction: CorrectionKind = CorrectionKind.AUTO
+    correction_limit: float = 3.0
     chunk: int = 32
     score_chunk: int = 128
     max_logp_gap: float = 0.25
@@ -126,6 +131,11 @@ class GRPOSettings:
         if not self.temperature > 0:
             raise ValueError(
                 f"temperature is {self.temperature}; training samples, so it must be above 0"
+            )
+        if not self.correction_limit >= 1:
+            raise ValueError(
+                f"correction_limit is {self.correction_limit}; where sampler and trainer agree the"
+                " ratio is 1, so it must be at least 1"
             )
         if not self.max_logp_gap > 0:
             raise ValueError(f"max_logp_gap is {self.max_logp_gap}; it must be above 0")

@@ -87,7 +87,8 @@ def phase_of(settings: GRPOSettings, seen: Seen, **more: Any) -> tuple[GRPO, Tra
 
     def gradient(params: Any, block: GRPOBlock) -> tuple:
         seen.blocks.append(block)
-        names = ("entropy", "ratio", "clip_low", "clip_high", "old_kl", "logp_gap")
+        names = ("entropy", "ratio", "clip_low", "clip_high", "old_kl", "logp_gap", "sampler_kl")
+        names = (*names, "importance", "importance_squared", "sampler_masked")
         sums = {"tokens": np.float32(1)} | {
             name: np.float32(0.125) for name in (*names, "logp_gap_max")
         }

@@ -35,8 +35,9 @@ from r1re_jax.train.data import (
     open_training,
     phase_source,
 )
+from r1re_jax.train.grpo_settings import GRPOSettings
 from r1re_jax.train.parity import check_run
-from r1re_jax.train.settings import GRPOSettings, Phase, Settings, SFTSettings
+from r1re_jax.train.settings import Phase, Settings, SFTSettings
 from r1re_jax.train.start import Start, abstract_model, load_start, run_mesh
 from r1re_jax.train.state import Layout, model_layout, parameter_bytes
 from r1re_jax.train.workdir import WorkdirError, check_workdir, newest_step, versions

@@ -1,5 +1,9 @@
 """Advantages: how much better a completion's reward is than that of its group."""
 
+import functools
+import operator
+from collections.abc import Sequence
+
 import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike
@@ -51,6 +55,38 @@ def group_advantages(reward_PG: ArrayLike, *, kind: str = AdvantageKind.GRPO) ->
     # A comparison, not the deviation: the mean of equal fp32 rewards need not be that reward.
     spread = reward.max(-1, keepdims=True) - reward.min(-1, keepdims=True)
     return jnp.where(spread == 0, 0.0, advantage)
+
+
+def combined_advantages(
+    reward_RPG: ArrayLike, weight_R: Sequence[float], *, kind: str = AdvantageKind.GRPO
+) -> jax.Array:
+    """Return the weighted sum of each reward's own group advantages.
+
+    Σ_r weight_r · group_advantages(reward_r): every reward is normalised over its group before they
+    are added, so that the weights say what counts how much, whatever the rewards' scales, and rows
+    that differ in one reward alone keep different advantages. Added up first, rewards of different
+    kinds can collapse to equal sums (GDPO, arXiv 2601.05242; its second normalisation, over the
+    whole batch, is left out: one weight of 1 is then `group_advantages` itself).
+
+    Args:
+        reward_RPG: [R, *B, G], R rewards of the same completions.
+        weight_R: R numbers.
+        kind: an `AdvantageKind` or its string.
+
+    Returns:
+        [*B, G] fp32.
+
+    Raises:
+        ValueError: unknown `kind`, no group axis, or another number of weights than of rewards.
+    """
+    rewards = [jnp.asarray(reward) for reward in reward_RPG]
+    if not rewards or len(rewards) != len(weight_R):
+        raise ValueError(f"there are {len(rewards)} rewards and {len(weight_R)} weights")
+    parts = (
+        weight * group_advantages(reward, kind=kind)
+        for weight, reward in zip(weight_R, rewards, strict=True)
+    )
+    return functools.reduce(operator.add, parts)
 
 
 def _deviation(reward: jax.Array, axis: int | None) -> jax.Array:

@@ -35,6 +35,17 @@ class KlKind(enum.StrEnum):
     K3_PLUS = "k3_plus"
 
 
+class CorrectionKind(enum.StrEnum):
+    """How the loss is corrected where sampler and trainer differ; see `importance_weights`."""
+
+    AUTO = "auto"  # `sequence_mask` where the sampler is another model, else `none`
+    NONE = "none"
+    TOKEN_TRUNCATE = "token_truncate"
+    TOKEN_MASK = "token_mask"
+    SEQUENCE_TRUNCATE = "sequence_truncate"
+    SEQUENCE_MASK = "sequence_mask"
+
+
 def pick(choices: type[Kind], kind: str) -> Kind:
     """Return the member of `choices` that `kind` (a member or its string) means.
 

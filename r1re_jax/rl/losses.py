@@ -116,6 +116,7 @@ def token_policy_loss(
     kind: str = LossKind.GRPO,
     clip_low: float = 0.2,
     clip_high: float = 0.2,
+    dual_clip: float = 0.0,
 ) -> tuple[jax.Array, dict[str, jax.Array]]:
     """Loss of every token before any averaging; arguments as in `policy_loss`.
 
@@ -126,14 +127,26 @@ def token_policy_loss(
                 tokens of the row                                arXiv 2507.18071, (5) and (7)
         cispo   −sg(clip(ρ))·A·logp                              arXiv 2506.13585, (4) and (5)
 
+    For A < 0 the clip lets −ρ·A grow with ρ without bound. The dual clip (arXiv 1912.09729, (5))
+    bounds the objective from below, for A < 0 alone:
+
+        −max(min(ρ·A, clip(ρ)·A), dual_clip·A)
+
+    `dual_clip` is above 1, or 0 for none; `cispo` has none, since clip_high bounds its weight.
+
     The old log-probabilities and the advantages carry no gradient, so `old = logp` means on policy.
 
     Returns:
         [*B, C] fp32 losses, 0 under mask 0, and per-token statistics of the same shape, 0 there too
-        (see `policy_loss`). The clip of `cispo` is told whatever the advantage's sign, that of the
-        others where it takes the gradient away.
+        (see `policy_loss`; `dual_clip`, where it is on, is the fraction that it bounds). The clip
+        of `cispo` is told whatever the advantage's sign, that of the others where it takes the
+        gradient away.
+
+    Raises:
+        ValueError: as `policy_loss`, and a dual clip that `check_dual_clip` refuses.
     """
     kind = pick(LossKind, kind)
+    check_dual_clip(dual_clip, kind=kind)
     shape = np.shape(logp_PGC)
     require_shape("old_logp", old_logp_PGC, shape, "logp")
     require_shape("mask", mask_PGC, shape, "logp")
@@ -156,8 +169,11 @@ def token_policy_loss(
     else:
         # min() takes the clipped branch only where it is the worse one for the objective.
         below, above = below & (advantage < 0), above & (advantage > 0)
-        bound = jnp.where(below, 1 - clip_low, 1 + clip_high)
-        loss = -_bounded_ratio(log_ratio, bound, below | above, advantage) * advantage
+        bound, clipped = jnp.where(below, 1 - clip_low, 1 + clip_high), below | above
+        if dual_clip:
+            dual = (advantage < 0) & (ratio > dual_clip)
+            bound, clipped = jnp.where(dual, dual_clip, bound), clipped | dual
+        loss = -_bounded_ratio(log_ratio, bound, clipped, advantage) * advantage
     constant_log_ratio = jax.lax.stop_gradient(token_log_ratio)
     statistics = {
         "ratio": jnp.where(mask, ratio, 0.0),
@@ -165,7 +181,24 @@ def token_policy_loss(
         "clip_high": keep(above, mask),
         "old_kl": jnp.expm1(constant_log_ratio) - constant_log_ratio,
     }
+    if dual_clip:
+        statistics["dual_clip"] = keep(dual, mask)
     return jnp.where(mask, loss, 0.0), statistics
+
+
+def check_dual_clip(dual_clip: float, *, kind: LossKind) -> None:
+    """Refuse a dual clip without meaning.
+
+    Raises:
+        ValueError: not 0 and not above 1, or of a kind whose loss has no ratio to bound.
+    """
+    if dual_clip and not dual_clip > 1:
+        raise ValueError(
+            f"dual_clip is {dual_clip}; on policy the ratio is 1, so it must be above 1, or 0 for"
+            " none"
+        )
+    if dual_clip and kind is LossKind.CISPO:
+        raise ValueError("dual_clip bounds a ratio; the weight of cispo is bounded by clip_high")
 
 
 def _bounded_ratio(

@@ -65,6 +65,15 @@ class RewardTotals:
     malformed: float = -3.0
 
 
+class RewardPart(enum.StrEnum):
+    """One thing that completions can be compared by; `reward_part` gives its value."""
+
+    TOTAL = "total"  # the rule's total, see `RewardTotals`
+    FORMAT = "format"  # 1 where the format is right, else 0
+    ANSWER = "answer"  # 1 where the label is right, else 0
+    LENGTH = "length"  # 0, and down to -1 towards the limit, see `overlong_penalty`
+
+
 @dataclass(frozen=True)
 class Parsed:
     """A completion taken apart.
@@ -146,6 +155,42 @@ def relation_reward(
     else:
         reward = totals.wrong if parsed.format_ok else totals.malformed
     return Verdict(reward, parsed.format_ok, correct, parsed.predicted, parsed.problem)
+
+
+def reward_part(part: RewardPart, verdict: Verdict, *, overlong: float = 0.0) -> float:
+    """The value of one part of a completion's reward.
+
+    Args:
+      part: which.
+      verdict: of the completion.
+      overlong: its `overlong_penalty`.
+    """
+    match part:
+        case RewardPart.TOTAL:
+            return verdict.reward
+        case RewardPart.FORMAT:
+            return float(verdict.format_ok)
+        case RewardPart.ANSWER:
+            return float(verdict.correct)
+        case RewardPart.LENGTH:
+            return overlong
+
+
+def overlong_penalty(tokens: int, *, truncated: bool, limit: int, buffer: int) -> float:
+    """DAPO's soft punishment of long completions (arXiv 2503.14476, equation 13), in tokens.
+
+    0 up to limit - buffer tokens, from there on linearly down to -1 at the limit, and -1 for a
+    completion that was cut off: it would have been longer than the limit.
+
+    Args:
+      tokens: of the completion, its stop token included.
+      truncated: whether it was cut off at the limit.
+      limit: most tokens of a completion.
+      buffer: tokens below the limit within which the penalty grows, from 1 on.
+    """
+    if truncated:
+        return -1.0
+    return -min(max(tokens - (limit - buffer), 0) / buffer, 1.0)
 
 
 def parse_completion(text: str, schema: Schema) -> Parsed:

@@ -1,7 +1,7 @@
 """Checkpoints: written whole or not at all, the last few and the best kept, restored to any mesh.
 
 A checkpoint is a folder `<step>` with `params` (dotted name -> array, readable alone), `state` (the
-optimizer's) and `meta` (JSON).
+optimizer's), `meta` (JSON) and, where it follows the policy, `reference` (as `params`).
 """
 
 import dataclasses
@@ -97,7 +97,7 @@ class Checkpoints:
         """
         self._manager = ocp.CheckpointManager(
             (Path(workdir) / FOLDER).absolute(),
-            item_names=("params", "state", "meta"),
+            item_names=("params", "state", "meta", "reference"),
             options=ocp.CheckpointManagerOptions(
                 preservation_policy=Retention(keep, scores), cleanup_tmp_directories=True
             ),
@@ -121,6 +121,9 @@ class Checkpoints:
     def save(self, state: TrainState, meta: Meta) -> None:
         """Begin to save; returns when the arrays may be donated, not when they are on disk."""
         rest = {"step": state.step, **_named(state.opt_state)}
+        moving = {}
+        if state.reference is not None:
+            moving["reference"] = ocp.args.StandardSave(state.reference)
         self._saved.add(meta.step)
         self._manager.save(
             meta.step,
@@ -128,26 +131,46 @@ class Checkpoints:
                 params=ocp.args.StandardSave(state.params),
                 state=ocp.args.StandardSave(rest),
                 meta=ocp.args.JsonSave(meta.to_json()),
+                **moving,
             ),
             force=True,
         )
 
     def restore(
-        self, step: int, *, layout: Layout, optimizer: optax.GradientTransformation
+        self,
+        step: int,
+        *,
+        layout: Layout,
+        optimizer: optax.GradientTransformation,
+        reference: bool = False,
     ) -> TrainState:
-        """Read a checkpoint to the shardings of this run's mesh, whatever mesh wrote it."""
+        """Read a checkpoint to the shardings of this run's mesh, whatever mesh wrote it.
+
+        Args:
+            step: of the checkpoint.
+            layout: of the model.
+            optimizer: of the phase that wrote it.
+            reference: whether it holds a reference that follows the policy.
+        """
         target = abstract_state(optimizer, layout)
         names = _named(target.opt_state)
+        moving = {"reference": ocp.args.StandardRestore(target.params)} if reference else {}
         found = self._manager.restore(
             step,
             args=ocp.args.Composite(
                 params=ocp.args.StandardRestore(target.params),
                 state=ocp.args.StandardRestore({"step": target.step, **names}),
+                **moving,
             ),
         )
         leaves = [found.state[name] for name in names]
         opt_state = jax.tree.unflatten(jax.tree.structure(target.opt_state), leaves)
-        return TrainState(step=found.state["step"], params=found.params, opt_state=opt_state)
+        return TrainState(
+            step=found.state["step"],
+            params=found.params,
+            opt_state=opt_state,
+            reference=found.reference if reference else None,
+        )
 
     def wait(self) -> None:
         """Return when everything is on disk."""

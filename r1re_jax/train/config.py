@@ -9,7 +9,8 @@ import typing
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from r1re_jax.train.settings import FLAT, Settings
+from r1re_jax.train.fields import FLAT
+from r1re_jax.train.settings import Settings
 
 # Keys (and all below them) that a run may go on with another value of, and why.
 SAFE_KEYS: dict[str, str] = {

@@ -6,8 +6,15 @@ from typing import Any
 
 import numpy as np
 
+from r1re_jax.rl.correction import correction_metrics
 from r1re_jax.train.groups import Groups
+from r1re_jax.train.grpo_settings import GRPOSettings
 from r1re_jax.train.update import Gradient
+
+# Sums of the loss function that are reported as means over tokens, where they are there.
+TOKEN_MEANS = ("entropy", "ratio", "clip_low", "clip_high", "dual_clip", "old_kl", "kl")
+# Sums that are part of the loss, reported as they are.
+PARTS_OF_LOSS = ("entropy_bonus",)
 
 
 class Clock:
@@ -30,15 +37,23 @@ class Clock:
         return {"seconds": self._last - self._start, **self._laps}
 
 
-def completion_rows(groups: Groups, advantage_NPG: np.ndarray) -> tuple[dict[str, Any], ...]:
-    """Return one row per question: `{id, gold, samples: [{text, predicted, …, advantage}]}`."""
+def completion_rows(
+    groups: Groups, advantage_NPG: np.ndarray, *, parts: Sequence[str] = ()
+) -> tuple[dict[str, Any], ...]:
+    """Return one row per question: `{id, gold, samples: [{text, predicted, …, advantage}]}`.
+
+    Args:
+        groups: of the step.
+        advantage_NPG: of their completions.
+        parts: names of the rewards that were compared by themselves; a sample then has `rewards`.
+    """
     trees, questions, samples = groups.reward.shape
     return tuple(
         {
             "id": groups.examples[tree, question].id,
             "gold": groups.examples[tree, question].answer,
             "samples": [
-                _sample(groups, (tree, question, sample), advantage_NPG)
+                _sample(groups, (tree, question, sample), advantage_NPG, parts)
                 for sample in range(samples)
             ],
         }
@@ -48,9 +63,13 @@ def completion_rows(groups: Groups, advantage_NPG: np.ndarray) -> tuple[dict[str
 
 
 def _sample(
-    groups: Groups, where: tuple[int, int, int], advantage_NPG: np.ndarray
+    groups: Groups,
+    where: tuple[int, int, int],
+    advantage_NPG: np.ndarray,
+    parts: Sequence[str],
 ) -> dict[str, Any]:
     verdict = groups.verdicts[where]
+    named = dict(zip(parts, groups.parts[where].tolist(), strict=True)) if parts else {}
     return {
         "text": groups.texts[where],
         "predicted": verdict.predicted,
@@ -60,13 +79,36 @@ def _sample(
         "tokens": int(groups.rollout.length[where]),
         "truncated": bool(groups.rollout.truncated[where]),
         "advantage": float(advantage_NPG[where]),
+        **({"rewards": named} if named else {}),
     }
 
 
-def sampling_metrics(groups: Groups) -> dict[str, float]:
+def drawing_metrics(groups: Groups, kept: Groups, places_NP: np.ndarray) -> dict[str, float]:
+    """Return how many groups were drawn, and what became of them.
+
+    Args:
+        groups: all that were drawn.
+        kept: those that the step trains on.
+        places_NP: which of `groups` they are.
+    """
+    drawn, used = groups.signal.size, kept.signal.size
+    return {
+        "groups_drawn": float(drawn),
+        "groups_dropped": float(drawn - used),
+        "groups_refilled": float((places_NP >= places_NP.shape[1]).sum()),
+        "frac_kept_zero_std": float(1 - kept.signal.mean()),
+    }
+
+
+def sampling_metrics(groups: Groups, settings: GRPOSettings) -> dict[str, float]:
     """Return means over all completions drawn, and how far rewards differ within groups."""
     verdicts, rollout = groups.verdicts.ravel(), groups.rollout
+    means = groups.parts.mean(axis=(0, 1, 2)).tolist()
+    named = {f"reward_{name}": mean for name, mean in zip(settings.rewards, means, strict=False)}
+    penalty = {"overlong": float(groups.overlong.mean())} if settings.overlong_buffer else {}
     return {
+        **named,
+        **penalty,
         "reward": float(groups.reward.mean()),
         "reward_std": float(groups.reward.std(axis=-1, ddof=1).mean()),
         "frac_reward_zero_std": float(1 - groups.signal.mean()),
@@ -86,13 +128,16 @@ def update_metrics(gradients: Sequence[Gradient]) -> dict[str, float]:
     means: dict[str, list[float]] = {}
     for gradient in gradients:
         tokens = max(gradient.sums["tokens"], 1)
-        for name in ("entropy", "ratio", "clip_low", "clip_high", "old_kl", "kl"):
+        for name in TOKEN_MEANS:
             if name in gradient.sums:
                 means.setdefault(name, []).append(gradient.sums[name] / tokens)
-        for name, value in (("loss", gradient.loss), ("grad_norm", gradient.norm)):
+        whole = {name: gradient.sums[name] for name in PARTS_OF_LOSS if name in gradient.sums}
+        whole |= {"loss": gradient.loss, "grad_norm": gradient.norm}
+        for name, value in whole.items():
             means.setdefault(name, []).append(value)
     first = gradients[0].sums
     return {name: float(np.mean(values)) for name, values in means.items()} | {
         "logp_gap": first["logp_gap"] / max(first["tokens"], 1),
         "logp_gap_max": first["logp_gap_max"],
+        **correction_metrics(first),
     }

@@ -21,7 +21,9 @@ class Groups:
         rollout: the completions [N, P, G].
         texts: [N, P, G] strings.
         verdicts: [N, P, G] verdicts.
-        reward: [N, P, G] fp32.
+        reward: [N, P, G] fp32, in all.
+        parts: [N, P, G, R] fp32, the rewards that are compared within their groups each by itself.
+        overlong: [N, P, G] fp32, penalties of long completions; 0 where there are none.
     """
 
     examples: np.ndarray
@@ -30,16 +32,22 @@ class Groups:
     texts: np.ndarray
     verdicts: np.ndarray
     reward: np.ndarray
+    parts: np.ndarray
+    overlong: np.ndarray
 
     @property
     def signal(self) -> np.ndarray:
-        """[N, P] bool: rewards differ within the group, so that it says what is better."""
-        return np.ptp(self.reward, axis=-1) != 0
+        """[N, P] bool: a reward differs within the group, so that it says what is better."""
+        return (np.ptp(self.parts, axis=-2) != 0).any(axis=-1)
+
+    def places(self, questions: int) -> np.ndarray:
+        """[N, questions]: which to keep, those with signal first, then those drawn first."""
+        order_NP = np.argsort(~self.signal, axis=1, kind="stable")
+        return np.sort(order_NP[:, :questions], axis=1)
 
     def choose(self, questions: int) -> "Groups":
-        """Keep `questions` of each guide: those with signal first, then those drawn first."""
-        order_NP = np.argsort(~self.signal, axis=1, kind="stable")
-        chosen_NP = np.sort(order_NP[:, :questions], axis=1)
+        """Keep `questions` of each guide, those that `places` says."""
+        chosen_NP = self.places(questions)
         trees_N1 = np.arange(len(chosen_NP))[:, None]
         return _map(lambda array: array[trees_N1, chosen_NP], self)
 

@@ -15,27 +15,32 @@ import numpy as np
 import optax
 from flax import nnx
 
-from r1re_jax.model.qwen import Cache, Qwen
+from r1re_jax.model.qwen import Qwen
 from r1re_jax.model.tree import Level, Tree
 from r1re_jax.policy import Limits
-from r1re_jax.rl.advantages import group_advantages
+from r1re_jax.rl.advantages import combined_advantages
+from r1re_jax.rl.correction import chosen, correction_sums, importance_weights
+from r1re_jax.rl.kinds import CorrectionKind
 from r1re_jax.rl.losses import token_weights
 from r1re_jax.rl.masks import length_mask
 from r1re_jax.rl.objective import objective
 from r1re_jax.rl.scoring import completion_logp
-from r1re_jax.rollout.decode import prefill
-from r1re_jax.rollout.keys import Purpose, example_ids, row_keys
-from r1re_jax.rollout.rollout import Rollout, generate
-from r1re_jax.rollout.sampling import SamplingSettings
-from r1re_jax.task.lessons import Lesson, Source
+from r1re_jax.rollout.rollout import Rollout
+from r1re_jax.task.lessons import Source
 from r1re_jax.task.prompts import PromptEncoder
-from r1re_jax.task.rewards import relation_reward
-from r1re_jax.task.tasks import TaskKind
-from r1re_jax.train.batch import blocks, check_mesh, prompt_levels, spread, spread_tree
-from r1re_jax.train.figures import Clock, completion_rows, sampling_metrics, update_metrics
-from r1re_jax.train.groups import Groups, as_examples, join
+from r1re_jax.train.batch import blocks, check_mesh, spread, spread_tree
+from r1re_jax.train.drawing import Drawing, Tick
+from r1re_jax.train.figures import (
+    Clock,
+    completion_rows,
+    drawing_metrics,
+    sampling_metrics,
+    update_metrics,
+)
+from r1re_jax.train.groups import Groups
+from r1re_jax.train.grpo_settings import GRPOSettings
 from r1re_jax.train.optimizer import learning_rate, make_optimizer
-from r1re_jax.train.settings import GRPOSettings
+from r1re_jax.train.reference import followed
 from r1re_jax.train.state import Layout, Params, TrainState, model_state
 from r1re_jax.train.update import (
     Gradient,
@@ -45,8 +50,6 @@ from r1re_jax.train.update import (
     compute_gradient,
     make_programs,
 )
-
-Tick = Callable[[str], None]
 
 
 @jax.tree_util.register_dataclass
@@ -71,44 +74,37 @@ class GRPOBlock:
     old_logp_NPGC: Any = None
 
 
-@dataclasses.dataclass(frozen=True)
-class _Drawn:
-    """What a step drew: guides [N, S], groups, and in how many rounds."""
-
-    guide: Level
-    groups: Groups
-    draws: int
-
-
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class GRPO:
     """The reinforcement's steps; made by `make_grpo`.
 
     Attributes:
         settings: of the phase.
-        limits: widths of the levels.
-        encoder: words to tokens and back.
-        source: lessons of a step.
-        seed: of sampling.
+        drawing: how completions are drawn and judged.
+        correction: of what the sampler drew; never `auto`.
         first: steps that were completed before the phase.
         layout: the model without its arrays.
         optimizer: of the phase.
         programs: jitted updates.
         score: jitted, (params, tree) -> logp_NPGC.
-        reference: frozen parameters; None without a KL term.
+        reference: frozen parameters; None without a KL term, or where the reference follows the
+            policy and is part of the state.
     """
 
     settings: GRPOSettings
-    limits: Limits
-    encoder: PromptEncoder
-    source: Source
-    seed: int
+    drawing: Drawing
+    correction: CorrectionKind
     first: int
     layout: Layout
     optimizer: optax.GradientTransformation
     programs: Programs
     score: Callable[[Params, Tree], jax.Array]
     reference: Params | None
+
+    @property
+    def source(self) -> Source:
+        """Lessons of a step."""
+        return self.drawing.source
 
     def step(self, state: TrainState, number: int, *, tick: Tick) -> StepResult:
         """Do step `number` (of the whole run, from 1) on a state that has completed the one before.
@@ -121,20 +117,28 @@ class GRPO:
             LimitError: a guide or question that is too long.
         """
         clock = Clock()
-        drawn = self._draw(state.params, number, tick, clock)
+        drawn = self.drawing.draw(state.params, number, tick=tick, clock=clock)
         kept = drawn.groups.choose(self.settings.questions)
-        advantage_NPG = np.asarray(group_advantages(kept.reward, kind=self.settings.advantage))
+        advantage_NPG = self._advantages(kept)
         completion = Level(kept.rollout.tokens, kept.rollout.length)
         tree = Tree(drawn.guide, kept.question, completion)
-        batch = self._scored(state.params, tree, kept.rollout, advantage_NPG, tick)
+        batch = self._scored(state, tree, kept.rollout, advantage_NPG, tick)
         clock.lap("reference")
         state, gradients = self._updates(state, batch, tick)
+        if state.reference is not None:
+            state = dataclasses.replace(
+                state,
+                reference=followed(
+                    state.reference,
+                    state.params,
+                    self.settings.reference,
+                    done=number - self.first,
+                ),
+            )
         clock.lap("update")
-        metrics = sampling_metrics(drawn.groups)
-        metrics |= {
-            "draws": float(drawn.draws),
-            "frac_kept_zero_std": float(1 - kept.signal.mean()),
-        }
+        metrics = {"draws": float(drawn.draws), **sampling_metrics(drawn.groups, self.settings)}
+        places_NP = drawn.groups.places(self.settings.questions)
+        metrics |= drawing_metrics(drawn.groups, kept, places_NP)
         metrics |= update_metrics(gradients)
         done = (number - 1 - self.first) * self.settings.inner_iterations
         rate = learning_rate(
@@ -142,101 +146,37 @@ class GRPO:
         )
         metrics |= {"learning_rate": float(rate(done)), **clock.seconds()}
         metrics["tokens_per_second"] = float(drawn.groups.rollout.length.sum()) / metrics["seconds"]
-        return StepResult(state, metrics, completion_rows(kept, advantage_NPG))
+        rows = completion_rows(kept, advantage_NPG, parts=tuple(self.settings.rewards))
+        return StepResult(state, metrics, rows)
 
-    def _draw(self, params: Params, number: int, tick: Tick, clock: Clock) -> "_Drawn":
-        """Draw groups of P questions a guide; again while too few of them have signal."""
-        settings = self.settings
-        lessons = self.source.lessons(number - 1)
-        guide, question = prompt_levels(lessons, self.encoder, self.limits)
-        ids = question_ids(lessons)
-        _, caches = prefill(self.layout.graph, model_state(params), (guide,))
-        groups: list[Groups] = []
-        for start in range(0, settings.questions_drawn, settings.questions):
-            part = slice(start, start + settings.questions)
-            level = Level(question.tokens[:, part], question.length[:, part])
-            keys = row_keys(self.seed, Purpose.TRAIN, number, ids[:, part], range(settings.group))
-            rollout = self._rollout(params, caches, level, keys, tick)
-            clock.lap("rollout")
-            below = [Lesson(lesson.guide, lesson.examples[part]) for lesson in lessons]
-            groups.append(self._judge(below, level, rollout, tick))
-            clock.lap("reward")
-            if (join(groups).signal.sum(axis=1) >= settings.questions).all():
-                break
-        return _Drawn(guide, join(groups), len(groups))
-
-    def _rollout(
-        self,
-        params: Params,
-        guide: tuple[Cache, ...],
-        question: Level,
-        keys: jax.Array,
-        tick: Tick,
-    ) -> Rollout:
-        """Sample G completions of every question; returned on the host."""
-        settings = self.settings
-        rollout = generate(
-            self.layout.graph,
-            model_state(params),
-            (question,),
-            ancestors=guide,
-            keys=keys,
-            settings=SamplingSettings(
-                temperature=settings.temperature,
-                top_k=settings.top_k,
-                top_p=settings.top_p,
-                min_p=settings.min_p,
-            ),
-            limit=self.limits.completion,
-            stop_ids=self.encoder.stop_ids,
-            pad_id=self.encoder.pad_id,
-            chunk=settings.chunk,
-            on_chunk=lambda progress: tick(f"rollout {progress.tokens}/{progress.limit}"),
-            mesh=self.layout.mesh,
-        )
-        return jax.device_get(rollout)
-
-    def _judge(
-        self, lessons: Sequence[Lesson], question: Level, rollout: Rollout, tick: Tick
-    ) -> Groups:
-        """Turn tokens into texts, and texts into verdicts."""
-        task = self.encoder.task
-        # The rule of pairs by its name here, so that another can be put in its place.
-        judge = relation_reward if task.kind is TaskKind.RELATION else task.judge
-        texts_NPG = np.empty(rollout.length.shape, object)
-        verdicts_NPG = np.empty(rollout.length.shape, object)
-        for tree, lesson in enumerate(lessons):
-            schema = task.schema(lesson.guide)
-            for place, example in enumerate(lesson.examples):
-                tick("reward")
-                for sample, length in enumerate(rollout.length[tree, place]):
-                    where = tree, place, sample
-                    texts_NPG[where] = self.encoder.decode(rollout.tokens[where][:length])
-                    verdicts_NPG[where] = judge(texts_NPG[where], example, schema)
-        rewards = [verdict.reward for verdict in verdicts_NPG.flat]
-        return Groups(
-            examples=as_examples([lesson.examples for lesson in lessons]),
-            question=question,
-            rollout=rollout,
-            texts=texts_NPG,
-            verdicts=verdicts_NPG,
-            reward=np.array(rewards, np.float32).reshape(verdicts_NPG.shape),
-        )
+    def _advantages(self, kept: Groups) -> np.ndarray:
+        """Compare each reward within its group; [N, P, G]."""
+        weights = tuple(self.settings.rewards.values()) or (1.0,)
+        reward_RNPG = np.moveaxis(kept.parts, -1, 0)
+        return np.asarray(combined_advantages(reward_RNPG, weights, kind=self.settings.advantage))
 
     def _scored(
-        self, params: Params, tree: Tree, rollout: Rollout, advantage_NPG: np.ndarray, tick: Tick
+        self,
+        state: TrainState,
+        tree: Tree,
+        rollout: Rollout,
+        advantage_NPG: np.ndarray,
+        tick: Tick,
     ) -> list[GRPOBlock]:
         """Cut the step into micro-batches and score them under the frozen policies they need."""
         settings = self.settings
+        frozen = self.reference if state.reference is None else state.reference
         mask_NPGC = length_mask(rollout.length, rollout.tokens.shape[-1])
+        if settings.mask_truncated:
+            mask_NPGC &= ~rollout.truncated[..., None]
         weight_NPGC = np.asarray(token_weights(mask_NPGC, kind=settings.loss))
         batch = []
         for block in blocks(settings.trees, settings.questions, settings.micro_batch):
             tick("reference")
             part = block.of_tree(tree)
             # On policy the update's own forward gives the old log-probabilities; see `grpo_loss`.
-            old = self.score(params, part) if settings.inner_iterations > 1 else None
-            reference = None if self.reference is None else self.score(self.reference, part)
+            old = self.score(state.params, part) if settings.inner_iterations > 1 else None
+            reference = None if frozen is None else self.score(frozen, part)
             batch.append(
                 GRPOBlock(
                     tree=part,
@@ -264,9 +204,15 @@ class GRPO:
             )
             if iteration == 0:
                 self._check_drift(gradient)
-            state = self.programs.apply(state, gradient.params)
+            state = self._apply(state, gradient)
             gradients.append(dataclasses.replace(gradient, params={}))
         return state, gradients
+
+    def _apply(self, state: TrainState, gradient: Gradient) -> TrainState:
+        """Update what the optimizer updates; a reference that follows the policy is not donated."""
+        reference, state = state.reference, dataclasses.replace(state, reference=None)
+        state = self.programs.apply(state, gradient.params)
+        return dataclasses.replace(state, reference=reference)
 
     def _check_drift(self, gradient: Gradient) -> None:
         gap = gradient.sums["logp_gap"] / max(gradient.sums["tokens"], 1)
@@ -288,6 +234,7 @@ def make_grpo(
     first: int,
     layout: Layout,
     reference: Params | None,
+    sampler: Layout | None = None,
 ) -> GRPO:
     """Build the reinforcement.
 
@@ -299,14 +246,17 @@ def make_grpo(
         seed: of sampling.
         first: steps that were completed before the phase.
         layout: the model without its arrays.
-        reference: frozen parameters; needed if the KL coefficient is not 0.
+        reference: frozen parameters; needed if the KL coefficient is not 0, unless the reference
+            follows the policy: then it is part of the state.
+        sampler: the model that draws, with the parameters of the one that is trained, where it is
+            another, such as one that computes in a lower precision.
 
     Raises:
         ValueError: micro-batches that the mesh cannot share evenly, or no reference.
     """
     sizes = settings.trees, settings.questions, settings.micro_batch
     check_mesh(*sizes, mesh=layout.mesh, phase="grpo")
-    if settings.kl_coefficient and reference is None:
+    if settings.kl_coefficient and reference is None and not settings.reference.every:
         raise ValueError(
             f"grpo.kl_coefficient is {settings.kl_coefficient} but there is no reference"
         )
@@ -316,12 +266,23 @@ def make_grpo(
         updates_per_step=settings.inner_iterations,
     )
 
+    drawing = Drawing(
+        settings=settings,
+        limits=limits,
+        encoder=encoder,
+        source=source,
+        seed=seed,
+        layout=sampler or layout,
+    )
+    differs = sampler_differs(drawing.layout, layout)
+    correction = chosen(settings.correction, sampler_differs=differs)
+
     def loss(model: Qwen, block: GRPOBlock) -> tuple[jax.Array, dict[str, jax.Array]]:
         below = dataclasses.replace(block, tree=None)
         block = dataclasses.replace(
             spread(below, layout.mesh), tree=spread_tree(block.tree, layout.mesh)
         )
-        return grpo_loss(model, block, settings)
+        return grpo_loss(model, block, settings, correction=correction)
 
     def score(params: Params, tree: Tree) -> jax.Array:
         model = nnx.merge(layout.graph, model_state(params))
@@ -329,10 +290,8 @@ def make_grpo(
 
     return GRPO(
         settings=settings,
-        limits=limits,
-        encoder=encoder,
-        source=source,
-        seed=seed,
+        drawing=drawing,
+        correction=correction,
         first=first,
         layout=layout,
         optimizer=optimizer,
@@ -342,47 +301,61 @@ def make_grpo(
     )
 
 
+def sampler_differs(sampler: Layout, trained: Layout) -> bool:
+    """Whether completions are drawn by another model than the one that is trained.
+
+    Then `grpo.correction` is on by default. Today's runs draw with the model that they train; a
+    sampler that is quantised or computes in another precision has a graph of its own.
+    """
+    return sampler.graph != trained.graph
+
+
 def grpo_loss(
-    model: Qwen, block: GRPOBlock, settings: GRPOSettings
+    model: Qwen,
+    block: GRPOBlock,
+    settings: GRPOSettings,
+    *,
+    correction: CorrectionKind = CorrectionKind.NONE,
 ) -> tuple[jax.Array, dict[str, jax.Array]]:
-    """Return the block's part of the objective, and sums (and maxima) for metrics."""
+    """Return the block's part of the objective, and sums (and maxima) for metrics.
+
+    Args:
+        model: the policy.
+        block: of the step.
+        settings: of the phase.
+        correction: of what the sampler drew; not `auto`.
+    """
     scores = _score(model, block.tree, settings)
     logp = scores.logp_NPGC
     mask = length_mask(block.tree.completion.length, logp.shape[-1])
     constant = jax.lax.stop_gradient(logp)
+    old = constant if block.old_logp_NPGC is None else block.old_logp_NPGC
+    importance = None
+    if correction is not CorrectionKind.NONE:
+        importance = importance_weights(
+            old,
+            block.sampler_logp_NPGC,
+            mask,
+            kind=correction,
+            limit=settings.correction_limit,
+        )
     loss, sums = objective(
         logp,
-        old_logp_PGC=constant if block.old_logp_NPGC is None else block.old_logp_NPGC,
+        old_logp_PGC=old,
         ref_logp_PGC=block.ref_logp_NPGC,
         advantage_PG=block.advantage_NPG,
         mask_PGC=mask,
         weight_PGC=block.weight_NPGC,
         settings=settings.objective,
+        # Only where it is paid for: else no gradient flows through the entropies.
+        entropy_PGC=scores.entropy_NPGC if settings.entropy_coefficient else None,
+        importance_PGC=importance,
     )
+    sums |= correction_sums(old, block.sampler_logp_NPGC, mask, weight_PGC=importance)
     gap = jnp.where(mask, jnp.abs(constant - block.sampler_logp_NPGC), 0.0)
     entropy = jax.lax.stop_gradient(scores.entropy_NPGC)
     more = {"entropy": entropy.sum(), "logp_gap": gap.sum(), "logp_gap_max": gap.max()}
     return loss, sums | more
-
-
-def question_ids(lessons: Sequence[Lesson]) -> np.ndarray:
-    """Return [N, P, 2] uint32, the id of every question; a guide's title names its data set.
-
-    Raises:
-        ValueError: a question that occurs twice: its completions would be drawn alike.
-    """
-    ids = [
-        example_ids(lesson.guide.title, [example.id for example in lesson.examples])
-        for lesson in lessons
-    ]
-    names = [(lesson.guide.title, example.id) for lesson in lessons for example in lesson.examples]
-    repeated = sorted({name for name in names if names.count(name) > 1})
-    if repeated:
-        raise ValueError(
-            f"{len(repeated)} questions occur twice in one step, {repeated[0][1]!r} of"
-            f" {repeated[0][0]!r} first; give every example an id of its own"
-        )
-    return np.stack(ids)
 
 
 def _score(model: Qwen, tree: Tree, settings: GRPOSettings) -> Any:

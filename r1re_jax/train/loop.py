@@ -37,6 +37,7 @@ from r1re_jax.train.data import (
 )
 from r1re_jax.train.optimizer import make_optimizer
 from r1re_jax.train.parity import check_run
+from r1re_jax.train.reference import copied
 from r1re_jax.train.settings import Phase, Settings
 from r1re_jax.train.signals import Stopped
 from r1re_jax.train.start import Start, load_start, policy_of, run_mesh
@@ -217,7 +218,12 @@ class _Run:
             pending = {} if settings.evaluate.at_start else None
         else:
             optimizer = self._optimizer(settings.phase_of(max(step, 1)), start)
-            state = self.checkpoints.restore(step, layout=start.layout, optimizer=optimizer)
+            state = self.checkpoints.restore(
+                step,
+                layout=start.layout,
+                optimizer=optimizer,
+                reference=step > settings.sft.steps and settings.grpo.reference.every > 0,
+            )
         stopped = None
         try:
             if pending is not None:
@@ -269,13 +275,15 @@ class _Run:
             )
         if step == first:
             state = create_state(state.params, trainer.optimizer, start.layout, step=step)
+            if phase is Phase.GRPO and settings.grpo.reference.every:
+                state = dataclasses.replace(state, reference=copied(state.params))
         return trainer, state
 
     def _reference(
         self, start: Start, state: TrainState, step: int, first: int
     ) -> Mapping[str, Any] | None:
-        """The policy at the phase's start, kept once; None where no KL term needs it."""
-        if not self.settings.grpo.kl_coefficient:
+        """The policy at the phase's start, kept once; None where no KL term needs just that."""
+        if not self.settings.grpo.kl_coefficient or self.settings.grpo.reference.every:
             return None
         if step == first:
             keep_reference(self.workdir, state.params, step=first)

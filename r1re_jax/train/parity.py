@@ -30,7 +30,7 @@ from r1re_jax.task.lessons import Lesson
 from r1re_jax.task.prompts import PromptEncoder
 from r1re_jax.train.batch import data_ways, prompt_levels, spread, spread_tree
 from r1re_jax.train.data import TrainingData, phase_source
-from r1re_jax.train.grpo import question_ids
+from r1re_jax.train.drawing import question_ids
 from r1re_jax.train.settings import Dtype, Settings
 from r1re_jax.train.start import Start
 from r1re_jax.train.state import Layout, Params, model_state

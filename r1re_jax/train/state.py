@@ -31,11 +31,13 @@ class TrainState:
         step: int32 scalar, steps completed in the whole run.
         params: dotted name -> fp32 array.
         opt_state: of the phase's optimizer.
+        reference: parameters of a reference that follows the policy; else None.
     """
 
     step: jax.Array
     params: Params
     opt_state: optax.OptState
+    reference: Params | None = None
 
 
 @dataclasses.dataclass(frozen=True)

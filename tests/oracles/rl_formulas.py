@@ -41,6 +41,7 @@ def policy_loss(
     low: float = 0.2,
     high: float = 0.2,
     length: int | None = None,
+    dual: float = 0.0,
 ) -> float:
     """Sum of per-token (or, for gspo, per-row) terms with the paper's denominators."""
     prompts, group, limit = logp.shape
@@ -48,11 +49,15 @@ def policy_loss(
     def clip(ratio: float) -> float:
         return min(max(ratio, 1 - low), 1 + high)
 
+    def bounded(ratio: float, a: float) -> float:
+        objective = min(ratio * a, clip(ratio) * a)
+        return max(objective, dual * a) if dual and a < 0 else objective
+
     def term(p: int, g: int, t: int) -> float:
         ratio, a = math.exp(logp[p, g, t] - old[p, g, t]), advantage[p, g]
         if kind == "cispo":
             return -clip(ratio) * a * logp[p, g, t]
-        return -min(ratio * a, clip(ratio) * a)
+        return -bounded(ratio, a)
 
     total = 0.0
     for p, g in np.ndindex(prompts, group):
@@ -62,7 +67,7 @@ def policy_loss(
         if kind == "gspo":
             mean = sum(logp[p, g, t] - old[p, g, t] for t in tokens) / len(tokens)
             s, a = math.exp(mean), advantage[p, g]
-            total += -min(s * a, clip(s) * a) / (prompts * group)
+            total += -bounded(s, a) / (prompts * group)
             continue
         row = sum(term(p, g, t) for t in tokens)
         if kind == "grpo":

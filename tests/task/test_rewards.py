@@ -10,10 +10,13 @@ from r1re_jax.task.relations import Example, Mention, Relation, Schema
 from r1re_jax.task.rewards import (
     Parsed,
     Problem,
+    RewardPart,
     RewardTotals,
     Verdict,
+    overlong_penalty,
     parse_completion,
     relation_reward,
+    reward_part,
 )
 
 SCHEMA = Schema((Relation("Cause-Effect"), Relation("merged_with", directed=False)), "Other")
@@ -228,3 +231,26 @@ def test_any_text_without_brackets_may_be_a_relation(name: str) -> None:
         return
     parsed = parse_completion(_answer(f"{name}(e1,e2)"), SCHEMA)
     assert parsed.format_ok
+
+
+@pytest.mark.parametrize(
+    ("tokens", "truncated", "expected"),
+    [(1, False, 0), (80, False, 0), (81, False, -0.05), (90, False, -0.5), (100, False, -1)]
+    + [(100, True, -1)],
+)
+def test_the_penalty_grows_within_the_buffer(tokens: int, truncated: bool, expected: float) -> None:
+    got = overlong_penalty(tokens, truncated=truncated, limit=100, buffer=20)
+    assert got == pytest.approx(expected)
+
+
+def test_a_buffer_may_be_all_of_the_limit() -> None:
+    assert overlong_penalty(1, truncated=False, limit=4, buffer=4) == -0.25
+
+
+def test_parts_of_a_reward() -> None:
+    wrong = relation_reward(_answer("Cause-Effect(e2,e1)"), EXAMPLE, SCHEMA)
+    values = {part.value: reward_part(part, wrong, overlong=-0.5) for part in RewardPart}
+    assert values == {"total": -0.5, "format": 1.0, "answer": 0.0, "length": -0.5}
+    right = relation_reward(_answer("Cause-Effect(e1,e2)"), EXAMPLE, SCHEMA)
+    assert reward_part(RewardPart.ANSWER, right) == 1
+    assert reward_part(RewardPart.FORMAT, relation_reward("", EXAMPLE, SCHEMA)) == 0

@@ -26,6 +26,8 @@ def _groups(reward_NPG: np.ndarray, *, first: int = 0) -> Groups:
         texts=number_NPG.astype(str).astype(object),
         verdicts=number_NPG.astype(object),
         reward=reward_NPG,
+        parts=reward_NPG[..., None],
+        overlong=number_NPG * 0.25,
     )
 
 
@@ -55,6 +57,8 @@ def test_groups_with_signal_come_first_and_order_stays(rewards: np.ndarray, data
     np.testing.assert_array_equal(chosen.rollout.truncated[..., 0], whole % 2 == 0)
     np.testing.assert_array_equal(chosen.texts[..., 0].astype(int), whole)
     np.testing.assert_array_equal(chosen.verdicts[..., 0].astype(int), whole)
+    np.testing.assert_array_equal(chosen.parts[..., 0], chosen.reward)
+    np.testing.assert_array_equal(chosen.overlong[..., 0], whole * 0.25)
 
 
 @given(REWARDS)

@@ -11,19 +11,19 @@ from flax import nnx
 from r1re_jax.model.qwen import abstract_qwen
 from r1re_jax.model.tree import Tree
 from r1re_jax.rl.scoring import completion_logp
+from r1re_jax.task import tasks
 from r1re_jax.task.lessons import Lesson
 from r1re_jax.task.relations import Example
 from r1re_jax.task.rewards import Verdict, relation_reward
-from r1re_jax.train import grpo as grpo_module
+from r1re_jax.train.drawing import question_ids
 from r1re_jax.train.grpo import (
     GRPO,
     GRPOBlock,
     grpo_loss,
     make_grpo,
-    question_ids,
 )
+from r1re_jax.train.grpo_settings import GRPOSettings
 from r1re_jax.train.optimizer import OptimizerSettings
-from r1re_jax.train.settings import GRPOSettings
 from r1re_jax.train.state import TrainState, create_state, place_params
 from r1re_jax.train.update import NonFiniteError, SamplerDriftError, StepResult
 from tests.tiny import random_level, tiny_guide, tiny_model, tiny_policy
@@ -41,16 +41,16 @@ SETTINGS = GRPOSettings(
 SHORT = dataclasses.replace(LIMITS, completion=12)
 
 
-def _verdict(text: str, example: object, schema: object) -> Verdict:
+def _verdict(text: str, example: object, schema: object, **more: object) -> Verdict:
     """Rewards that differ within a group, which those of random weights do not."""
-    real = relation_reward(text, example, schema)
+    real = relation_reward(text, example, schema, **more)
     return dataclasses.replace(real, reward=float(sum(text.encode()) % 7))
 
 
 @pytest.fixture(autouse=True, scope="module")
 def _spread_rewards() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(grpo_module, "relation_reward", _verdict)
+        patch.setattr(tasks, "relation_reward", _verdict)
         yield
 
 
@@ -177,7 +177,7 @@ def test_without_a_kl_term_there_is_no_reference() -> None:
         make_grpo(
             SETTINGS,
             limits=SHORT,
-            encoder=phase.encoder,
+            encoder=phase.drawing.encoder,
             source=phase.source,
             seed=0,
             first=0,
@@ -187,7 +187,7 @@ def test_without_a_kl_term_there_is_no_reference() -> None:
 
 
 def test_equal_rewards_update_nothing_but_by_the_kl_term(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(grpo_module, "relation_reward", relation_reward)
+    monkeypatch.setattr(tasks, "relation_reward", relation_reward)
     phase, state = _begin(dataclasses.replace(SETTINGS, kl_coefficient=0.0))
     before = jax.device_get(state.params)
     result = _do(phase, state)
@@ -198,7 +198,7 @@ def test_equal_rewards_update_nothing_but_by_the_kl_term(monkeypatch: pytest.Mon
 def _flat_unless(named: set[str]) -> Callable[..., Verdict]:
     """Rewards that differ within the groups of the named examples only."""
 
-    def judge(text: str, example: Example, schema: object) -> Verdict:
+    def judge(text: str, example: Example, schema: object, **_: object) -> Verdict:
         real = _verdict(text, example, schema)
         return real if example.id in named else dataclasses.replace(real, reward=1.0)
 
@@ -215,28 +215,38 @@ def test_groups_without_signal_give_their_place_to_fresh_ones(
 ) -> None:
     settings = dataclasses.replace(SETTINGS, trees=1, questions=2, refill=2, group=4)
     (names,) = _asked(settings)
-    monkeypatch.setattr(grpo_module, "relation_reward", _flat_unless({names[1], names[2]}))
+    monkeypatch.setattr(tasks, "relation_reward", _flat_unless({names[1], names[2]}))
     result = _do(*_begin(settings))
     assert [row["id"] for row in result.completions] == [names[1], names[2]]
     figures = result.metrics
     assert figures["draws"] == 2, "the third round is not needed"
+    assert (figures["groups_drawn"], figures["groups_dropped"]) == (4, 2)
+    assert figures["groups_refilled"] == 1, "names[2] stands where names[0] was"
     assert figures["frac_reward_zero_std"] == 0.5, "of the four that were drawn"
     assert figures["frac_kept_zero_std"] == 0
     # The same as a step that was asked these two questions alone: keys follow the example.
     alone, state = _begin(dataclasses.replace(settings, refill=0))
     lesson = source(trees=1, questions=settings.questions_drawn).lessons(0)[0]
     fixed = _Fixed(Lesson(lesson.guide, lesson.examples[1:3]))
-    _same(_do(dataclasses.replace(alone, source=fixed), state), result, drawn=False)
+    _same(
+        _do(
+            dataclasses.replace(alone, drawing=dataclasses.replace(alone.drawing, source=fixed)),
+            state,
+        ),
+        result,
+        drawn=False,
+    )
 
 
 def test_refilling_ends_with_its_budget(monkeypatch: pytest.MonkeyPatch) -> None:
     settings = dataclasses.replace(SETTINGS, trees=2, questions=2, refill=1)
     names = _asked(settings)
-    monkeypatch.setattr(grpo_module, "relation_reward", _flat_unless({names[0][3]}))
+    monkeypatch.setattr(tasks, "relation_reward", _flat_unless({names[0][3]}))
     result = _do(*_begin(settings))
     kept = [row["id"] for row in result.completions]
     assert kept == [names[0][0], names[0][3], names[1][0], names[1][1]]
     assert result.metrics["draws"] == 2
+    assert [result.metrics[f"groups_{of}"] for of in ("drawn", "dropped", "refilled")] == [8, 4, 1]
     assert result.metrics["frac_kept_zero_std"] == 0.75
 
 
@@ -254,7 +264,7 @@ def test_a_loss_that_is_not_finite_stops_before_the_update(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     bad = Verdict(float("nan"), False, False, None, None)
-    monkeypatch.setattr(grpo_module, "relation_reward", lambda *args: bad)
+    monkeypatch.setattr(tasks, "relation_reward", lambda *_, **__: bad)
     phase, state = _begin()
     with pytest.raises(NonFiniteError, match="the loss is nan"):
         phase.step(state, 1, tick=lambda note: None)

@@ -13,9 +13,9 @@ import pytest
 
 from r1re_jax.model.config import PRESETS
 from r1re_jax.policy_files import load_policy
+from r1re_jax.task import tasks
 from r1re_jax.task.rewards import Verdict
 from r1re_jax.tokenizer import load_tokenizer
-from r1re_jax.train import grpo as grpo_module
 from r1re_jax.train import loop as loop_module
 from r1re_jax.train.config import read_settings
 from r1re_jax.train.settings import Settings
@@ -173,7 +173,7 @@ def test_what_is_not_finite_stops_the_run_and_is_written_down(
     inputs: pathlib.Path, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     bad = Verdict(float("nan"), False, False, None, None)
-    monkeypatch.setattr(grpo_module, "relation_reward", lambda *args: bad)
+    monkeypatch.setattr(tasks, "relation_reward", lambda *_, **__: bad)
     settings = world.settings(inputs, sft__steps=1, grpo__kl_coefficient=0.0)
     with pytest.raises(NonFiniteError, match="step 2: the loss is nan"):
         train(settings, tmp_path)

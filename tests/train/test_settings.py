@@ -17,7 +17,8 @@ from r1re_jax.train.config import (
     read_settings,
     resolved,
 )
-from r1re_jax.train.settings import GRPOSettings, Phase, SFTSettings
+from r1re_jax.train.grpo_settings import GRPOSettings
+from r1re_jax.train.settings import Phase, SFTSettings
 from tests.train.world import config
 
 
@@ -112,6 +113,19 @@ def test_all_problems_are_told_at_once() -> None:
         ({"grpo__questions": 6, "grpo__micro_batch": 9}, "a multiple of 6 that divides 6"),
         ({"sft__trees": 4, "sft__questions": 2, "sft__micro_batch": 6}, "that divides 8"),
         ({"grpo__clip_low": 1.5}, "clip_low"),
+        ({"grpo__dual_clip": 0.5}, "dual_clip is 0.5"),
+        ({"grpo__correction_limit": 0.5}, "correction_limit is 0.5"),
+        ({"grpo__correction": "tis"}, "expected one of auto, none, token_truncate"),
+        ({"grpo__reference": {"every": -1}}, "every is -1"),
+        ({"grpo__reference": {"decay": 0.9}}, "give every=1 for a moving average"),
+        ({"grpo__reference": {"every": 1, "decay": 1.0}}, "decay is 1.0; it must be in [0, 1)"),
+        ({"grpo__reference": {"every": 1}, "grpo__kl_coefficient": 0.0}, "there is no reference"),
+        ({"grpo__rewards": {"fomat": 1}}, "the parts are total, format, answer, length"),
+        (
+            {"grpo__rewards": {"format": "1"}},
+            "grpo.rewards.format is '1', a str; expected a number",
+        ),
+        ({"grpo__overlong_buffer": 57}, "a completion has 56 at most"),
         ({"grpo__learning_rate": -1.0}, "learning_rate is -1.0; it must be at least 0"),
         ({"grpo__b1": 1.0}, "b1 is 1.0; it must be in [0, 1)"),
         ({"grpo__warmup": -1}, "warmup is -1"),
@@ -160,6 +174,10 @@ _PAIRED = {
     "grpo.advantage": {"grpo__advantage": "rloo"},
     "grpo.loss": {"grpo__loss": "gspo"},
     "grpo.kl": {"grpo__kl": "k2"},
+    "grpo.dual_clip": {"grpo__dual_clip": 3.0},
+    "grpo.correction_limit": {"grpo__correction_limit": 7.0},
+    "grpo.correction": {"grpo__correction": "token_mask"},
+    "grpo.rewards": {"grpo__rewards": {"format": 1.0}},
     "sft.schedule": {"sft__schedule": "cosine"},
     "grpo.schedule": {"grpo__schedule": "cosine"},
     "checkpoint.best": {"checkpoint__best": "held/accuracy"},
@@ -179,14 +197,19 @@ _PAIRED = {
     },
 }
 _NEUTRAL = {"grpo.top_k", "grpo.top_p", "grpo.min_p"}
-# Set with their schedules, below.
+# Set with what they belong to, in `_WITH` or below.
 _LENGTHS = {"sft.decay_steps", "grpo.decay_steps"}
 _KEYS = sorted(dict(flat_keys(resolved(read_settings(_config())))).keys() - _NEUTRAL - _LENGTHS)
+# Keys that have a meaning beside another one alone.
+_WITH = {
+    "grpo.overlong_weight": {"grpo__overlong_buffer": 7},
+    "grpo.reference.decay": {"grpo__reference": {"every": 7}},
+}
 
 
 @pytest.mark.parametrize("key", _KEYS)
 def test_every_key_is_in_the_hash_unless_it_is_safe(key: str) -> None:
-    base = read_settings(_config())
+    base = read_settings(_config(**_WITH.get(key, {})))
     values = copy.deepcopy(resolved(base))
     changes = _PAIRED.get(key)
     if changes is None:

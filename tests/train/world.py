@@ -159,14 +159,16 @@ def metrics(workdir: pathlib.Path) -> list[dict[str, Any]]:
     ]
 
 
-def checkpoint_params(workdir: pathlib.Path, step: int) -> Mapping[str, np.ndarray]:
-    """Parameters of a checkpoint, read without a layout."""
+def checkpoint_params(
+    workdir: pathlib.Path, step: int, *, item: str = "params"
+) -> Mapping[str, np.ndarray]:
+    """Parameters of a checkpoint (or its `reference`), read without a layout."""
     import orbax.checkpoint as ocp
 
     policy = tiny_policy(tied=True)
     layout = model_layout(policy.model, one_device_mesh())
     with ocp.StandardCheckpointer() as checkpointer:
-        folder = (workdir / "checkpoints" / str(step) / "params").absolute()
+        folder = (workdir / "checkpoints" / str(step) / item).absolute()
         return jax.device_get(checkpointer.restore(folder, dict(layout.shapes)))
 
 

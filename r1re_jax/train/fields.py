@@ -1,0 +1,25 @@
+"""What the sections of a config have in common."""
+
+import dataclasses
+from typing import Any
+
+FLAT = "flat"
+
+
+def flat(default: Any) -> Any:
+    """Make a dataclass field whose keys stand in the config beside those of its section."""
+    return dataclasses.field(default=default, metadata={FLAT: True})
+
+
+def check_batch(trees: int, questions: int, micro_batch: int) -> None:
+    """Refuse micro-batches that do not tile the [trees, questions] of a step."""
+    if micro_batch < questions:
+        fits = micro_batch == 0 or questions % micro_batch == 0
+    else:
+        fits = micro_batch % questions == 0 and trees * questions % micro_batch == 0
+    if not fits:
+        raise ValueError(
+            f"micro_batch is {micro_batch} questions; a step has {trees} trees of {questions}, so"
+            f" it must divide {questions}, or be a multiple of {questions} that divides"
+            f" {trees * questions}"
+        )

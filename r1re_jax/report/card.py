@@ -41,12 +41,22 @@ PHASE = (
     ("kl_coefficient", "KL coefficient {}"),
     ("clip_low", "ratio clipped {} below"),
     ("clip_high", "{} above 1"),
+    ("dual_clip", "dual clip {}"),
+    ("entropy_coefficient", "entropy coefficient {}"),
+    ("rewards", "rewards {}"),
+    ("overlong_buffer", "penalty on the last {} tokens"),
+    ("mask_truncated", "completions that were cut off left out"),
+    ("correction", "off-policy correction {}"),
     ("refill", "{} rounds of refilling"),
     ("inner_iterations", "{} updates on the same completions"),
     ("cycle", "lessons repeated after {} steps"),
 )
 # Values that change nothing and are not worth a word.
-NEUTRAL = {"vector_scale": 1, "weight_decay": 0, "refill": 0, "inner_iterations": 1, "cycle": 0}
+NEUTRAL = {
+    **{"vector_scale": 1, "weight_decay": 0, "refill": 0, "inner_iterations": 1, "cycle": 0},
+    **{"dual_clip": 0, "entropy_coefficient": 0, "rewards": {}, "overlong_buffer": 0},
+    **{"mask_truncated": False, "correction": "auto"},
+}
 
 
 def exported_step(source: str | os.PathLike, step: int | None) -> int | None:
@@ -104,13 +114,19 @@ def model_card(
         origin=None if is_run(where) else chain[0].name,
         facts=_facts(policy, history, chain, step, dtype),
         phases=phases,
-        totals={key: _signed(value) for key, value in vars(RewardTotals()).items()},
+        totals={key: _signed(value) for key, value in _totals(history).items()},
         scores=[] if history is None else _scores(history, step),
         step=step,
         limits=policy.limits,
         template=policy.encoder.template,
         licence=found,
     )
+
+
+def _totals(history: History | None) -> dict[str, float]:
+    """Return what each outcome earned; runs that were written without it had the defaults."""
+    given = {} if history is None else section(history.config, "reward")
+    return vars(RewardTotals()) | {name: of for name, of in given.items() if is_number(of)}
 
 
 def escaped(text: Any) -> str:

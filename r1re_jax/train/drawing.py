@@ -17,6 +17,7 @@ from r1re_jax.task.lessons import Lesson, Source
 from r1re_jax.task.prompts import PromptEncoder
 from r1re_jax.task.rewards import (
     RewardPart,
+    RewardTotals,
     Verdict,
     overlong_penalty,
     relation_reward,
@@ -57,6 +58,7 @@ class Drawing:
         source: lessons of a step.
         seed: of sampling.
         layout: the model that draws, without its arrays.
+        totals: of the reward, by outcome.
     """
 
     settings: GRPOSettings
@@ -65,6 +67,7 @@ class Drawing:
     source: Source
     seed: int
     layout: Layout
+    totals: RewardTotals = RewardTotals()
 
     def draw(self, params: Params, number: int, *, tick: Tick, clock: Clock) -> Drawn:
         """Draw groups of P questions a guide; again while too few of them have signal.
@@ -143,7 +146,9 @@ class Drawing:
                 for sample, length in enumerate(rollout.length[tree, place]):
                     where = tree, place, sample
                     texts_NPG[where] = self.encoder.decode(rollout.tokens[where][:length])
-                    verdict = relation_reward(texts_NPG[where], example, lesson.guide.schema)
+                    verdict = relation_reward(
+                        texts_NPG[where], example, lesson.guide.schema, totals=self.totals
+                    )
                     reward, parts[where] = self._reward(verdict, float(overlong_NPG[where]))
                     verdicts_NPG[where] = dataclasses.replace(verdict, reward=reward)
         rewards = [verdict.reward for verdict in verdicts_NPG.flat]

@@ -28,6 +28,7 @@ from r1re_jax.rl.scoring import completion_logp
 from r1re_jax.rollout.rollout import Rollout
 from r1re_jax.task.lessons import Source
 from r1re_jax.task.prompts import PromptEncoder
+from r1re_jax.task.rewards import RewardTotals
 from r1re_jax.train.batch import blocks, check_mesh, spread, spread_tree
 from r1re_jax.train.drawing import Drawing, Tick
 from r1re_jax.train.figures import (
@@ -50,6 +51,8 @@ from r1re_jax.train.update import (
     compute_gradient,
     make_programs,
 )
+
+TOTALS = RewardTotals()
 
 
 @jax.tree_util.register_dataclass
@@ -235,6 +238,7 @@ def make_grpo(
     layout: Layout,
     reference: Params | None,
     sampler: Layout | None = None,
+    totals: RewardTotals = TOTALS,
 ) -> GRPO:
     """Build the reinforcement.
 
@@ -250,6 +254,7 @@ def make_grpo(
             follows the policy: then it is part of the state.
         sampler: the model that draws, with the parameters of the one that is trained, where it is
             another, such as one that computes in a lower precision.
+        totals: of the reward, by outcome.
 
     Raises:
         ValueError: micro-batches that the mesh cannot share evenly, or no reference.
@@ -273,6 +278,7 @@ def make_grpo(
         source=source,
         seed=seed,
         layout=sampler or layout,
+        totals=totals,
     )
     differs = sampler_differs(drawing.layout, layout)
     correction = chosen(settings.correction, sampler_differs=differs)

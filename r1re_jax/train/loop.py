@@ -31,8 +31,8 @@ from r1re_jax.train.data import (
     EvalSet,
     TrainingData,
     check_prompts,
+    open_mixture,
     open_sets,
-    open_training,
     phase_source,
 )
 from r1re_jax.train.optimizer import make_optimizer
@@ -138,7 +138,7 @@ def run_training(
         ValueError: data, limits, policy or mesh that do not fit; see the parts.
     """
     mesh = mesh or run_mesh(settings)
-    data = open_training(settings.data.train, seed=settings.seed)
+    data = open_mixture(settings.data, seed=settings.seed)
     sets = open_sets(settings.data.eval)
     # Refused now and not when a phase begins.
     check_batches(settings, mesh=mesh)
@@ -147,7 +147,7 @@ def run_training(
     # Nothing is written before everything has been read: a slip leaves no work directory behind.
     check_workdir(workdir, settings, data=data.sha256)
     newest = newest_step(workdir)
-    start = load_start(settings, mesh=mesh, guide=data.guide, fresh=newest is None)
+    start = load_start(settings, mesh=mesh, guides=data.guides, fresh=newest is None)
     check_prompts(data, [*sets.values()], encoder=start.policy.encoder, settings=settings)
     if newest is None:
         check_run(settings, data, start)
@@ -270,6 +270,7 @@ class _Run:
                 seed=settings.seed,
                 first=first,
                 reference=self._reference(start, state, step, first),
+                totals=settings.reward,
                 **shared,
             )
         if step == first:
@@ -359,6 +360,7 @@ class _Run:
                 samples=settings.samples,
                 temperature=settings.temperature,
                 greedy=settings.greedy,
+                totals=self.settings.reward,
                 seed=self.settings.seed,
                 step=step,
                 batch=settings.batch,

@@ -12,6 +12,7 @@ import enum
 from r1re_jax.model.qwen import Remat
 from r1re_jax.policy import Limits
 from r1re_jax.task.prompts import BETWEEN_WORDS
+from r1re_jax.task.rewards import RewardTotals
 from r1re_jax.train.data_settings import DataSettings, at_least
 from r1re_jax.train.fields import check_batch, flat
 from r1re_jax.train.grpo_settings import GRPOSettings
@@ -185,6 +186,7 @@ class Settings:
         mesh: the devices.
         limits: widths of the tree's levels, in training too unless `data.train.limits` says else.
         data: what to train and evaluate on.
+        reward: what each outcome earns, in training and in evaluation.
         sft: the supervised warm start.
         grpo: the reinforcement.
         evaluate: when and how to evaluate.
@@ -198,6 +200,7 @@ class Settings:
     mesh: MeshSettings = MeshSettings()
     limits: Limits
     data: DataSettings
+    reward: RewardTotals = RewardTotals()
     sft: SFTSettings = SFTSettings()
     grpo: GRPOSettings = GRPOSettings()
     evaluate: EvaluateSettings = EvaluateSettings()

@@ -41,7 +41,7 @@ SETTINGS = GRPOSettings(
 SHORT = dataclasses.replace(LIMITS, completion=12)
 
 
-def _verdict(text: str, example: object, schema: object) -> Verdict:
+def _verdict(text: str, example: object, schema: object, **more: object) -> Verdict:
     """Rewards that differ within a group, which those of random weights do not."""
     real = relation_reward(text, example, schema)
     return dataclasses.replace(real, reward=float(sum(text.encode()) % 7))
@@ -198,7 +198,7 @@ def test_equal_rewards_update_nothing_but_by_the_kl_term(monkeypatch: pytest.Mon
 def _flat_unless(named: set[str]) -> Callable[..., Verdict]:
     """Rewards that differ within the groups of the named examples only."""
 
-    def judge(text: str, example: Example, schema: object) -> Verdict:
+    def judge(text: str, example: Example, schema: object, **more: object) -> Verdict:
         real = _verdict(text, example, schema)
         return real if example.id in named else dataclasses.replace(real, reward=1.0)
 
@@ -264,7 +264,7 @@ def test_a_loss_that_is_not_finite_stops_before_the_update(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     bad = Verdict(float("nan"), False, False, None, None)
-    monkeypatch.setattr(drawing_module, "relation_reward", lambda *args: bad)
+    monkeypatch.setattr(drawing_module, "relation_reward", lambda *args, **more: bad)
     phase, state = _begin()
     with pytest.raises(NonFiniteError, match="the loss is nan"):
         phase.step(state, 1, tick=lambda note: None)

@@ -173,7 +173,7 @@ def test_what_is_not_finite_stops_the_run_and_is_written_down(
     inputs: pathlib.Path, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     bad = Verdict(float("nan"), False, False, None, None)
-    monkeypatch.setattr(drawing_module, "relation_reward", lambda *args: bad)
+    monkeypatch.setattr(drawing_module, "relation_reward", lambda *args, **more: bad)
     settings = world.settings(inputs, sft__steps=1, grpo__kl_coefficient=0.0)
     with pytest.raises(NonFiniteError, match="step 2: the loss is nan"):
         train(settings, tmp_path)
@@ -211,10 +211,10 @@ def test_a_run_can_start_from_random_weights(
     monkeypatch.setitem(PRESETS, "tiny", tiny_config(vocab=vocab))
     values: dict[str, Any] = world.config(inputs)
     values |= {"model": {"preset": "tiny"}, "tokenizer": str(inputs / "base")}
-    start = load_start(read_settings(values), mesh=world.one_device_mesh(), guide=None, fresh=True)
+    start = load_start(read_settings(values), mesh=world.one_device_mesh(), guides=(), fresh=True)
     assert start.policy.limits == world.LIMITS and start.policy.guide_sha256 == {}
     assert start.params["embed"].shape == (vocab, 16)
-    again = load_start(read_settings(values), mesh=world.one_device_mesh(), guide=None, fresh=False)
+    again = load_start(read_settings(values), mesh=world.one_device_mesh(), guides=(), fresh=False)
     assert again.params is None
 
 

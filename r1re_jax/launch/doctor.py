@@ -31,8 +31,8 @@ from r1re_jax.train.data import (
     check_completions,
     check_levels,
     check_prompts,
+    open_mixture,
     open_sets,
-    open_training,
     phase_source,
 )
 from r1re_jax.train.grpo_settings import GRPOSettings
@@ -230,14 +230,12 @@ def _sizes(settings: Settings, of: SFTSettings | GRPOSettings) -> dict[str, str]
 
 def _data(settings: Settings) -> Finding:
     task = settings.task_rules
-    data = open_training(settings.data.train, seed=settings.seed, task=task)
+    data = open_mixture(settings.data, seed=settings.seed, task=task)
     sets = open_sets(settings.data.eval, task=task)
     for phase in settings.phases:
         phase_source(settings, data, phase)
-    known = "made as they are asked for"
-    if data.guide is not None:
-        known = f"{len(data.examples):,} examples under {data.guide.title!r}"
-    facts = {"train": known}
+    known = [f"{len(one.examples):,} examples under {one.guide.title!r}" for one in data.known]
+    facts = {"train": ", ".join(known + ["made as they are asked for"] * (not data.complete))}
     facts |= {
         f"eval {name}": f"{len(one.examples):,} examples under {one.guide.title!r}"
         for name, one in sets.items()
@@ -247,7 +245,7 @@ def _data(settings: Settings) -> Finding:
 
 def _policy(settings: Settings, mesh: Mesh, layout: Layout) -> Finding:
     """Load it as the run will; the layout is needed because weights go straight to their shards."""
-    start = load_start(settings, mesh=mesh, guide=None, fresh=True)
+    start = load_start(settings, mesh=mesh, guides=(), fresh=True)
     policy, encoder = start.policy, start.policy.encoder
     named = lambda id: f"{id} {policy.tokenizer.convert_ids_to_tokens(id)!r}"  # noqa: E731
     facts = {
@@ -272,7 +270,7 @@ def _prompts(
         # Of SFT alone the completions are known.
         words = settings.sft.between_words if phase is Phase.SFT else None
         lessons = _lessons(settings, data, phase)
-        for lesson in lessons if data.guide is None else ():
+        for lesson in lessons if not data.complete else ():
             check_levels(lesson.guide, lesson.examples, encoder=encoder, limits=limits)
             if words is not None:
                 check_completions(
@@ -282,15 +280,15 @@ def _prompts(
     for name, one in sets.items():
         lessons = [Lesson(one.guide, one.examples)]
         facts[f"{name} longest"] = _longest(lessons, encoder, settings.limits)
-    if data.guide is None:
+    if not data.complete:
         facts["looked at"] = f"the first {STEPS_SEEN} steps of each phase"
     return Finding(facts, facts)
 
 
 def _lessons(settings: Settings, data: TrainingData, phase: Phase) -> list[Lesson]:
     """Return all lessons that are known, or those of the first steps."""
-    if data.guide is not None:
-        return [Lesson(data.guide, data.examples)]
+    if data.complete:
+        return list(data.known)
     source = phase_source(settings, data, phase)
     steps = range(min(STEPS_SEEN, settings.phases[phase].steps))
     return [lesson for step in steps for lesson in source.lessons(step)]

@@ -44,12 +44,22 @@ PHASE = (
     ("kl_coefficient", "KL coefficient {}"),
     ("clip_low", "ratio clipped {} below"),
     ("clip_high", "{} above 1"),
+    ("dual_clip", "dual clip {}"),
+    ("entropy_coefficient", "entropy coefficient {}"),
+    ("rewards", "rewards {}"),
+    ("overlong_buffer", "penalty on the last {} tokens"),
+    ("mask_truncated", "completions that were cut off left out"),
+    ("correction", "off-policy correction {}"),
     ("refill", "{} rounds of refilling"),
     ("inner_iterations", "{} updates on the same completions"),
     ("cycle", "lessons repeated after {} steps"),
 )
 # Values that change nothing and are not worth a word.
-NEUTRAL = {"vector_scale": 1, "weight_decay": 0, "refill": 0, "inner_iterations": 1, "cycle": 0}
+NEUTRAL = {
+    **{"vector_scale": 1, "weight_decay": 0, "refill": 0, "inner_iterations": 1, "cycle": 0},
+    **{"dual_clip": 0, "entropy_coefficient": 0, "rewards": {}, "overlong_buffer": 0},
+    **{"mask_truncated": False, "correction": "auto"},
+}
 
 
 def exported_step(source: str | os.PathLike, step: int | None) -> int | None:
@@ -272,10 +282,11 @@ def _extracted(metrics: Mapping[str, Any]) -> dict[str, str]:
 
 
 def _totals(policy: Policy, history: History | None) -> dict[str, float]:
-    """Return what completions earned; of an extraction the run's configuration says it."""
+    """Return what completions earned; runs that were written without it had the defaults."""
     task = policy.encoder.task
-    extracts = history is not None and task.kind is TaskKind.TRIPLETS
-    return vars(task.totals) | (section(history.config, "triplets") if extracts else {})
+    name = "triplets" if task.kind is TaskKind.TRIPLETS else "reward"
+    given = {} if history is None else section(history.config, name)
+    return vars(task.totals) | {name: of for name, of in given.items() if is_number(of)}
 
 
 def _signed(value: float) -> str:

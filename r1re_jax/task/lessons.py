@@ -1,6 +1,7 @@
 """What a step trains on: lessons (a guide with questions) as a pure function of the step."""
 
 import functools
+import random
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -93,3 +94,45 @@ class DatasetSource:
             for start in range(0, self.per_step, self.questions)
         )
         return tuple(Lesson(self.guide, tuple(row)) for row in rows)
+
+
+@dataclass(frozen=True, kw_only=True)
+class MixedSource:
+    """Lessons from several sources: every tree of a step draws the source that it is from.
+
+    The draw is a function of (seed, step, tree), so that the mixture needs no state either. A tree
+    takes the lesson of its own place in its source's step: within a step no source gives an
+    example twice. What was not taken in an epoch comes in others: each is shuffled anew.
+
+    Attributes:
+      sources: each of N lessons a step.
+      weights: how often each is drawn, relative to the others.
+      trees: N.
+      seed: of the draws.
+
+    Raises:
+      ValueError: other numbers of weights than of sources, or a weight that is not above 0.
+    """
+
+    sources: tuple[Source, ...]
+    weights: tuple[float, ...]
+    trees: int
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        """Checks the weights."""
+        if len(self.sources) != len(self.weights) or not all(w > 0 for w in self.weights):
+            raise ValueError(
+                f"expected {len(self.sources)} weights above 0, found {list(self.weights)}"
+            )
+
+    def lessons(self, step: int) -> tuple[Lesson, ...]:
+        """The N lessons of a step, a pure function of the step and the source's settings."""
+        chosen = [self._choice(step, tree) for tree in range(self.trees)]
+        given = {which: self.sources[which].lessons(step) for which in sorted(set(chosen))}
+        return tuple(given[which][tree] for tree, which in enumerate(chosen))
+
+    def _choice(self, step: int, tree: int) -> int:
+        """The number of the source of one tree."""
+        draw = random.Random(f"mixture/{self.seed}/{step}/{tree}")
+        return draw.choices(range(len(self.sources)), self.weights)[0]

@@ -23,7 +23,12 @@ from typing import Any, Protocol
 from r1re_jax.task.completions import BETWEEN_WORDS, NO_REASONING, plain_reasoning, sft_completion
 from r1re_jax.task.relations import Guide
 from r1re_jax.task.tasks import RELATION, AnyExample, Task
-from r1re_jax.task.templates import DEFAULT_TEMPLATE, PromptError, PromptTemplate
+from r1re_jax.task.templates import (
+    DEFAULT_TEMPLATE,
+    GuideInPrompt,
+    PromptError,
+    PromptTemplate,
+)
 
 __all__ = [
     "BETWEEN_WORDS",
@@ -186,7 +191,8 @@ class PromptEncoder:
                 raise PromptError(_difference(example, guide, apart, whole.ids))
 
     def _guide_text(self, text: str) -> str:
-        return f"{self.template.instruction}\n\n{text.strip()}\n\n{self.template.cue}"
+        shown = [text.strip()] if self.template.guide is GuideInPrompt.WHOLE else []
+        return "\n\n".join([self.template.instruction, *shown, self.template.cue])
 
     def _question_text(self, example: AnyExample) -> str:
         return f" {example.question}{self._trail}"

@@ -64,6 +64,14 @@ class RewardTotals:
     wrong: float = -0.5
     malformed: float = -3.0
 
+    def __post_init__(self) -> None:
+        """Refuses totals under which a right label is not the best outcome."""
+        if not self.correct > max(self.wrong, self.malformed):
+            raise ValueError(
+                f"correct is {self.correct}, wrong {self.wrong} and malformed {self.malformed}; a "
+                "right label must earn the most"
+            )
+
 
 class RewardPart(enum.StrEnum):
     """One thing that completions can be compared by; `reward_part` gives its value."""

@@ -244,6 +244,11 @@ class TripletTask:
 RELATION, TRIPLETS = RelationTask(), TripletTask()
 
 
-def make_task(kind: TaskKind, *, triplets: TripletTotals = TRIPLETS.totals) -> Task:
-    """The task of a name; `triplets` is what extractions earn."""
-    return TripletTask(triplets) if kind is TaskKind.TRIPLETS else RELATION
+def make_task(
+    kind: TaskKind,
+    *,
+    reward: RewardTotals = RELATION.totals,
+    triplets: TripletTotals = TRIPLETS.totals,
+) -> Task:
+    """The task of a name; `reward` is what labels of pairs earn, `triplets` what extractions do."""
+    return TripletTask(triplets) if kind is TaskKind.TRIPLETS else RelationTask(reward)

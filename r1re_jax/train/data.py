@@ -3,13 +3,14 @@
 import dataclasses
 import difflib
 import inspect
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from r1re_jax.model.tree import pad_level
 from r1re_jax.policy import Limits
 from r1re_jax.task import miniworld
-from r1re_jax.task.lessons import DatasetSource, Source
+from r1re_jax.task.lessons import DatasetSource, Lesson, MixedSource, Source
 from r1re_jax.task.prompts import PromptEncoder
 from r1re_jax.task.readers import (
     data_sha256,
@@ -20,7 +21,13 @@ from r1re_jax.task.readers import (
 )
 from r1re_jax.task.relations import DataError, Guide, load_guide
 from r1re_jax.task.tasks import RELATION, AnyExample, Task, TaskKind
-from r1re_jax.train.data_settings import DataKind, EvalSetSettings, SourceSettings
+from r1re_jax.train.data_settings import (
+    DataKind,
+    DataSettings,
+    EvalSetSettings,
+    ExtraSettings,
+    SourceSettings,
+)
 from r1re_jax.train.settings import Phase, Settings
 
 PACKAGED = "packaged:"
@@ -37,15 +44,20 @@ class TrainingData:
 
     Attributes:
         source: (trees, questions) -> lessons of every step.
-        guide: of the examples; None where every lesson has its own.
-        examples: all of them; empty where they are made as they are asked for.
+        known: a guide with all of its examples for each data set that is read from files.
+        complete: whether that is all; else other lessons are made as they are asked for.
         sha256: name of each file -> SHA-256 of its content.
     """
 
     source: Callable[[int, int], Source]
-    guide: Guide | None
-    examples: tuple[AnyExample, ...]
+    known: tuple[Lesson, ...]
+    complete: bool
     sha256: Mapping[str, str]
+
+    @property
+    def guides(self) -> tuple[Guide, ...]:
+        """The guides that are known before the run."""
+        return tuple(lesson.guide for lesson in self.known)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -65,8 +77,50 @@ class EvalSet:
     sha256: str
 
 
-def open_training(settings: SourceSettings, *, seed: int, task: Task = RELATION) -> TrainingData:
-    """Open what to train on; the one place where the kinds of sources are told apart.
+def open_mixture(settings: DataSettings, *, seed: int, task: Task = RELATION) -> TrainingData:
+    """Open everything to train on; with extra sets each tree of a step draws its own.
+
+    Raises:
+        DataError: as `open_training`; or one id twice under guides of one title.
+        GuideError: as `open_training`.
+        ValueError: as `open_training`.
+    """
+    main = open_training(settings.train, seed=seed, task=task)
+    if not settings.extra:
+        return main
+    sets = [main, *(open_training(one, seed=seed, task=task) for one in settings.extra.values())]
+    known = tuple(lesson for one in sets for lesson in one.known)
+    _check_names(known)
+    return TrainingData(
+        source=lambda trees, questions: MixedSource(
+            sources=tuple(one.source(trees, questions) for one in sets),
+            weights=(1.0, *(one.weight for one in settings.extra.values())),
+            trees=trees,
+            seed=seed,
+        ),
+        known=known,
+        complete=all(one.complete for one in sets),
+        sha256={name: digest for one in sets for name, digest in one.sha256.items()},
+    )
+
+
+def _check_names(sets: Sequence[Lesson]) -> None:
+    """Refuse examples that a step could not tell apart: random keys are of title and id."""
+    names = Counter((one.guide.title, example.id) for one in sets for example in one.examples)
+    repeated = [name for name, count in names.items() if count > 1]
+    if repeated:
+        title, first = repeated[0]
+        raise DataError(
+            f"{len(repeated)} examples of different data sets have one id under guides of one"
+            f" title, {first!r} of {title!r} first; give the guides titles, or the examples ids, of"
+            " their own"
+        )
+
+
+def open_training(
+    settings: SourceSettings | ExtraSettings, *, seed: int, task: Task = RELATION
+) -> TrainingData:
+    """Open one data set; the one place where the kinds of sources are told apart.
 
     Raises:
         DataError: a file that is missing, empty or breaks the data contract.
@@ -81,14 +135,14 @@ def open_training(settings: SourceSettings, *, seed: int, task: Task = RELATION)
             return make(trees=trees, questions=questions, seed=seed, **settings.options)
 
         world(1, 1)  # refuses bad values now and not when a phase begins
-        return TrainingData(source=world, guide=None, examples=(), sha256={})
+        return TrainingData(source=world, known=(), complete=False, sha256={})
     guide, examples, hashes = _read(settings, task, split="train")
     return TrainingData(
         source=lambda trees, questions: DatasetSource(
             guide, examples, trees=trees, questions=questions, seed=seed
         ),
-        guide=guide,
-        examples=examples,
+        known=(Lesson(guide, examples),),
+        complete=True,
         sha256=hashes,
     )
 
@@ -145,21 +199,21 @@ def check_prompts(
         DataError: training examples without label.
     """
     limits = settings.training_limits
-    if data.guide is not None:
-        check_levels(data.guide, data.examples, encoder=encoder, limits=limits)
-        blank = [example.id for example in data.examples if not example.answer]
+    for lesson in data.known:
+        check_levels(lesson.guide, lesson.examples, encoder=encoder, limits=limits)
+        blank = [example.id for example in lesson.examples if not example.answer]
         if blank:
             raise DataError(
-                f"{len(blank)} of {len(data.examples)} training examples have no label, {blank[0]}"
-                " first; neither a completion nor a reward can be made of them"
+                f"{len(blank)} of {len(lesson.examples)} training examples have no label,"
+                f" {blank[0]} first; neither a completion nor a reward can be made of them"
             )
-    if data.guide is not None and settings.sft.steps:
-        check_completions(
-            data.examples,
-            encoder=encoder,
-            limits=limits,
-            between_words=settings.sft.between_words,
-        )
+        if settings.sft.steps:
+            check_completions(
+                lesson.examples,
+                encoder=encoder,
+                limits=limits,
+                between_words=settings.sft.between_words,
+            )
     for one in sets:
         check_levels(one.guide, one.examples, encoder=encoder, limits=settings.limits)
 
@@ -198,7 +252,7 @@ def check_completions(
 
 
 def _read(
-    settings: SourceSettings | EvalSetSettings, task: Task, *, split: str
+    settings: SourceSettings | ExtraSettings | EvalSetSettings, task: Task, *, split: str
 ) -> tuple[Guide, tuple[AnyExample, ...], dict[str, str]]:
     """Read guide and examples of a file (or of the hub), and hashes of the files by their names."""
     if settings.options:
@@ -241,7 +295,9 @@ def _check_options(
             raise DataError(f"unknown option {name!r} of miniworld; {hint}")
 
 
-def _guide(settings: SourceSettings | EvalSetSettings, hashes: dict[str, Any]) -> Guide:
+def _guide(
+    settings: SourceSettings | ExtraSettings | EvalSetSettings, hashes: dict[str, Any]
+) -> Guide:
     if not settings.guide:
         raise DataError(
             f"data of kind {settings.kind} needs `guide`, a Markdown file or {PACKAGED}NAME"

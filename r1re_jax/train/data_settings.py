@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from r1re_jax.policy import Limits
+from r1re_jax.task.templates import GuideInPrompt
 
 
 class DataKind(enum.StrEnum):
@@ -44,6 +45,30 @@ class SourceSettings:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class ExtraSettings:
+    """A further data set to train on.
+
+    Attributes:
+        kind: as in `SourceSettings`.
+        path: as in `SourceSettings`.
+        guide: as in `SourceSettings`.
+        options: as in `SourceSettings`.
+        weight: how often a tree of a step is of this set, where `data.train` has the weight 1.
+    """
+
+    kind: DataKind
+    path: str = ""
+    guide: str = ""
+    options: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    weight: float = 1.0
+
+    def __post_init__(self) -> None:
+        """Refuse a set that is never drawn."""
+        if not self.weight > 0:
+            raise ValueError(f"weight is {self.weight}; it must be above 0")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class EvalSetSettings:
     """A set of examples to evaluate on.
 
@@ -70,9 +95,18 @@ class EvalSetSettings:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class DataSettings:
-    """The examples to train on, and named sets to evaluate on."""
+    """The examples to train on, and named sets to evaluate on.
+
+    Attributes:
+        train: what to train on.
+        extra: name -> further data sets; each tree of a step draws the one that it is of.
+        eval: name -> what to evaluate on.
+        guide_in_prompt: how much of the guide prompts show, in training and in evaluation.
+    """
 
     train: SourceSettings
+    extra: Mapping[str, ExtraSettings] = dataclasses.field(default_factory=dict)
+    guide_in_prompt: GuideInPrompt = GuideInPrompt.WHOLE
     eval: Mapping[str, EvalSetSettings] = dataclasses.field(default_factory=dict)
 
     def __post_init__(self) -> None:

@@ -31,8 +31,8 @@ from r1re_jax.train.data import (
     EvalSet,
     TrainingData,
     check_prompts,
+    open_mixture,
     open_sets,
-    open_training,
     phase_source,
 )
 from r1re_jax.train.optimizer import make_optimizer
@@ -139,7 +139,7 @@ def run_training(
     """
     mesh = mesh or run_mesh(settings)
     task = settings.task_rules
-    data = open_training(settings.data.train, seed=settings.seed, task=task)
+    data = open_mixture(settings.data, seed=settings.seed, task=task)
     sets = open_sets(settings.data.eval, task=task)
     # Refused now and not when a phase begins.
     check_batches(settings, mesh=mesh)
@@ -148,7 +148,7 @@ def run_training(
     # Nothing is written before everything has been read: a slip leaves no work directory behind.
     check_workdir(workdir, settings, data=data.sha256)
     newest = newest_step(workdir)
-    start = load_start(settings, mesh=mesh, guide=data.guide, fresh=newest is None)
+    start = load_start(settings, mesh=mesh, guides=data.guides, fresh=newest is None)
     check_prompts(data, [*sets.values()], encoder=start.policy.encoder, settings=settings)
     if newest is None:
         check_run(settings, data, start)

@@ -12,6 +12,7 @@ import enum
 from r1re_jax.model.qwen import Remat
 from r1re_jax.policy import Limits
 from r1re_jax.task.completions import BETWEEN_WORDS
+from r1re_jax.task.rewards import RewardTotals
 from r1re_jax.task.tasks import Task, TaskKind, make_task
 from r1re_jax.task.triplets.rewards import TripletTotals
 from r1re_jax.train.data_settings import DataSettings, at_least
@@ -190,6 +191,7 @@ class Settings:
         limits: widths of the tree's levels, in training too unless `data.train.limits` says else.
         data: what to train and evaluate on.
         task: what the policy learns under a guide.
+        reward: what each outcome earns, in training and in evaluation, where a pair is labelled.
         triplets: what completions earn where the task is the extraction of triplets.
         sft: the supervised warm start.
         grpo: the reinforcement.
@@ -205,6 +207,7 @@ class Settings:
     limits: Limits
     data: DataSettings
     task: TaskKind = TaskKind.RELATION
+    reward: RewardTotals = RewardTotals()
     triplets: TripletTotals = TripletTotals()
     sft: SFTSettings = SFTSettings()
     grpo: GRPOSettings = GRPOSettings()
@@ -225,6 +228,8 @@ class Settings:
             )
         if self.task is not TaskKind.TRIPLETS and self.triplets != TripletTotals():
             raise ValueError(f"the section triplets is of task={TaskKind.TRIPLETS}; remove it")
+        if self.task is not TaskKind.RELATION and self.reward != RewardTotals():
+            raise ValueError(f"the section reward is of task={TaskKind.RELATION}; remove it")
         name, _, metric = self.checkpoint.best.partition("/")
         known = self.eval_metrics
         if self.checkpoint.best and not (name in self.data.eval and metric in known):
@@ -243,7 +248,7 @@ class Settings:
     @property
     def task_rules(self) -> Task:
         """What the task gives: examples, prompts, verdicts, figures."""
-        return make_task(self.task, triplets=self.triplets)
+        return make_task(self.task, reward=self.reward, triplets=self.triplets)
 
     @property
     def eval_metrics(self) -> tuple[str, ...]:

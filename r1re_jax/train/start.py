@@ -1,6 +1,7 @@
 """What a run starts from: devices, policy, and programs' layout."""
 
 import dataclasses
+from collections.abc import Sequence
 
 from flax import nnx
 from jax.sharding import Mesh
@@ -12,6 +13,7 @@ from r1re_jax.policy import Policy
 from r1re_jax.policy_files import load_policy, policy_config
 from r1re_jax.task.prompts import PromptEncoder
 from r1re_jax.task.relations import Guide
+from r1re_jax.task.templates import GuideInPrompt
 from r1re_jax.tokenizer import load_tokenizer
 from r1re_jax.train.settings import Settings
 from r1re_jax.train.state import (
@@ -58,13 +60,14 @@ def abstract_model(settings: Settings) -> Qwen:
     return abstract_qwen(config, dtype=settings.model.dtype.value, remat=settings.model.remat)
 
 
-def load_start(settings: Settings, *, mesh: Mesh, guide: Guide | None, fresh: bool) -> Start:
+def load_start(settings: Settings, *, mesh: Mesh, guides: Sequence[Guide], fresh: bool) -> Start:
     """Load or draw the policy that the run starts from.
 
     Args:
         settings: of the run.
         mesh: where parameters go.
-        guide: of all training examples, remembered by exports; None where lessons have their own.
+        guides: of the training examples, remembered by exports; those of lessons that are made as
+            they are asked for are not known.
         fresh: whether parameters are wanted.
 
     Raises:
@@ -88,11 +91,27 @@ def load_start(settings: Settings, *, mesh: Mesh, guide: Guide | None, fresh: bo
         policy = Policy(model=model, tokenizer=tokenizer, encoder=encoder, provenance="random")
         if fresh:
             params = random_params(model.config, layout, seed=settings.seed)
-    # Limits are the config's: the loaded ones say what an earlier run had.
-    hashes = {} if guide is None else {guide.title: guide.sha256}
-    policy = dataclasses.replace(policy, model=model, limits=settings.limits, guide_sha256=hashes)
+    # Limits and what prompts show are the config's: the loaded ones say what an earlier run had.
     policy = policy.for_task(settings.task_rules)
+    policy = dataclasses.replace(
+        policy,
+        model=model,
+        encoder=_showing(policy, settings.data.guide_in_prompt),
+        limits=settings.limits,
+        guide_sha256={guide.title: guide.sha256 for guide in guides},
+    )
     return Start(policy=policy, layout=layout, params=params)
+
+
+def _showing(policy: Policy, guide: GuideInPrompt) -> PromptEncoder:
+    """Return the policy's encoder with prompts that show as much of the guide as is asked for."""
+    encoder = policy.encoder
+    if encoder.template.guide is guide:
+        return encoder
+    template = dataclasses.replace(encoder.template, guide=guide)
+    return PromptEncoder(
+        policy.tokenizer, task=encoder.task, template=template, stop_tokens=encoder.stop_ids
+    )
 
 
 def policy_of(start: Start, params: Params) -> Policy:

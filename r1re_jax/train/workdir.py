@@ -9,7 +9,14 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from r1re_jax.train.config import configuration_hash, differences, is_safe, resolved
+from r1re_jax.train.config import (
+    SettingsError,
+    configuration_hash,
+    differences,
+    is_safe,
+    read_settings,
+    resolved,
+)
 from r1re_jax.train.settings import Settings
 
 CONFIG = "config.json"
@@ -144,7 +151,7 @@ def _check_same(
     workdir: Path, before: Mapping[str, Any], now: Mapping[str, Any]
 ) -> dict[str, tuple[Any, Any]]:
     """Refuse another configuration or other data; return the safe keys that changed."""
-    changed = differences(before["config"], now["config"])
+    changed = differences(_filled(before["config"]), now["config"])
     lines = [
         f"{key} is {old!r} there and {new!r} here"
         for key, (old, new) in changed.items()
@@ -169,6 +176,17 @@ def _check_same(
             f" give these their old values{hint}. Nothing was changed."
         )
     return changed
+
+
+def _filled(config: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Return a configuration with the defaults of keys that the version that wrote it had not.
+
+    A new key's default is what was done without it, so that such a run can go on.
+    """
+    try:
+        return json.loads(json.dumps(resolved(read_settings(config))))
+    except SettingsError:
+        return config  # of keys that are no more: they are shown as differences
 
 
 def _step_of(path: Path) -> int | None:

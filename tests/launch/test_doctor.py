@@ -160,7 +160,7 @@ def test_another_runs_work_directory_is_refused_and_left_alone(
 ) -> None:
     quick = {"model__parity_tokens": 0}
     settings = read_settings(_config(inputs, grpo__group=3))
-    data = doctor.open_training(settings.data.train, seed=settings.seed)
+    data = doctor.open_mixture(settings.data, seed=settings.seed)
     open_workdir(tmp_path / "run", settings, data=data.sha256)
     before = (tmp_path / "run" / "config.json").read_bytes()
     results = _examine(_config(inputs, **quick), tmp_path / "run")

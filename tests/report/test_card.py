@@ -14,6 +14,8 @@ from r1re_jax.policy_files import load_policy, save_policy, save_words
 from r1re_jax.policy_source import PolicyError
 from r1re_jax.report.ancestry import ancestors, licence_of
 from r1re_jax.report.card import code, escaped, exported_step, model_card
+from r1re_jax.task.prompts import PromptEncoder
+from r1re_jax.task.templates import GuideInPrompt
 from tests.tiny import tiny_policy
 
 GUIDES = {"Tiny *guide*": "ab" * 32}
@@ -107,6 +109,37 @@ def test_the_reward_is_told_where_it_taught(run: pathlib.Path) -> None:
     early = card(run, step=4)
     assert "A rule judges" not in early and "**GRPO**" not in early
     assert "None: these are the weights that the run began from." in card(run, step=0)
+
+
+def test_the_reward_is_the_runs_own(run: pathlib.Path) -> None:
+    configure(run, reward={"correct": 3.0, "wrong": -1.0, "malformed": -3.0})
+    assert "+3 for a right label, −1 for another one, −3 for a" in card(run, step=8)
+
+
+def test_options_of_the_algorithm_are_told_where_they_are_on(run: pathlib.Path) -> None:
+    plain = card(run, step=8)
+    off = {"dual_clip": 0.0, "entropy_coefficient": 0.0, "correction": "auto", "rewards": {}}
+    off |= {"overlong_buffer": 0, "mask_truncated": False}
+    grpo = json.loads((run / "config.json").read_text())["config"]["grpo"]
+    configure(run, grpo=grpo | off)
+    assert card(run, step=8) == plain
+    on = {"dual_clip": 3.0, "entropy_coefficient": 0.01, "correction": "token_mask"}
+    on |= {"overlong_buffer": 9, "mask_truncated": True, "rewards": {"format": 0.5}}
+    configure(run, grpo=grpo | on)
+    expected = (
+        "dual clip 3, entropy coefficient 0.01, rewards `{'format': 0.5}`, penalty on the last 9"
+        " tokens, completions that were cut off left out, off-policy correction `token_mask`"
+    )
+    assert expected in card(run, step=8)
+
+
+def test_a_card_shows_the_prompt_that_the_policy_knows(run: pathlib.Path) -> None:
+    assert "guide = Path" in card(run, step=8) and ", guide, 'Sentence:'" in card(run, step=8)
+    policy = tiny_policy()
+    template = dataclasses.replace(policy.encoder.template, guide=GuideInPrompt.NONE)
+    encoder = PromptEncoder(policy.tokenizer, template=template)
+    text = model_card(dataclasses.replace(policy, encoder=encoder), run, name="ann/tiny", step=8)
+    assert "guide = Path" not in text and ", guide," not in text
 
 
 def test_scores_are_of_the_last_evaluation_up_to_the_step(run: pathlib.Path) -> None:

@@ -2,7 +2,7 @@
 
 import pytest
 
-from r1re_jax.task.lessons import DatasetSource, Lesson
+from r1re_jax.task.lessons import DatasetSource, Lesson, MixedSource
 from r1re_jax.task.relations import Example, Mention, parse_guide
 
 GUIDE = parse_guide("# T\n## Relations\n- **R(X = a, Y = b)**: d\n")
@@ -53,3 +53,34 @@ def test_sizes_are_checked() -> None:
         DatasetSource(GUIDE, EXAMPLES, questions=0)
     with pytest.raises(ValueError, match="step >= 0, found -1"):
         DatasetSource(GUIDE, EXAMPLES, questions=1).lessons(-1)
+
+
+def _mixed(seed: int = 0, weights: tuple[float, ...] = (1.0, 1.0)) -> MixedSource:
+    other = parse_guide("# U\n## Relations\n- **R(X = a, Y = b)**: d\n")
+    parts = (DatasetSource(guide, EXAMPLES, questions=2, trees=3) for guide in (GUIDE, other))
+    return MixedSource(sources=tuple(parts), weights=weights, trees=3, seed=seed)
+
+
+def test_a_mixture_is_a_pure_function_of_the_step() -> None:
+    forward = [_mixed().lessons(step) for step in range(9)]
+    source = _mixed()
+    assert [source.lessons(step) for step in reversed(range(9))] == forward[::-1]
+    titles = [[lesson.guide.title for lesson in lessons] for lessons in forward]
+    assert titles != [[one.guide.title for one in _mixed(1).lessons(step)] for step in range(9)]
+    for step, lessons in enumerate(forward):
+        for tree, lesson in enumerate(lessons):
+            own = source.sources["TU".index(lesson.guide.title)]
+            assert lesson == own.lessons(step)[tree], "the lesson of its own place"
+
+
+def test_within_a_step_a_mixture_repeats_nothing() -> None:
+    for step in range(20):
+        lessons = _mixed().lessons(step)
+        names = [(one.guide.title, example.id) for one in lessons for example in one.examples]
+        assert len(set(names)) == 6
+
+
+@pytest.mark.parametrize("weights", [(1.0,), (1.0, 0.0), (1.0, -1.0)])
+def test_weights_of_a_mixture_are_checked(weights: tuple[float, ...]) -> None:
+    with pytest.raises(ValueError, match="expected 2 weights above 0"):
+        _mixed(weights=weights)

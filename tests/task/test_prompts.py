@@ -13,6 +13,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from r1re_jax.task.prompts import (
     DEFAULT_TEMPLATE,
+    GuideInPrompt,
     PromptEncoder,
     PromptError,
     PromptTemplate,
@@ -332,3 +333,17 @@ def test_reasoning_that_breaks_the_format_is_refused(reasoning: str) -> None:
 def test_an_example_without_label_teaches_nothing() -> None:
     with pytest.raises(DataError, match="example cat has no label"):
         sft_completion(dataclasses.replace(CAT, label=""))
+
+
+def test_a_prompt_can_leave_the_guide_out(small) -> None:
+    bare = dataclasses.replace(DEFAULT_TEMPLATE, guide=GuideInPrompt.NONE)
+    encoder, whole = PromptEncoder(small, template=bare), PromptEncoder(small)
+    words = small.decode(encoder.guide_tokens(GUIDE))
+    assert GUIDE.text.strip() in small.decode(whole.guide_tokens(GUIDE))
+    assert words.endswith(f"{DEFAULT_TEMPLATE.instruction}\n\nSentence:")
+    assert encoder.question_tokens(CAT) == whole.question_tokens(CAT)
+    encoder.check(GUIDE, [CAT])
+    assert bare.to_json()["guide"] == "none" and "guide" not in DEFAULT_TEMPLATE.to_json()
+    assert PromptTemplate.from_json(bare.to_json()) == bare
+    with pytest.raises(ValueError, match="some"):
+        PromptTemplate.from_json(DEFAULT_TEMPLATE.to_json() | {"guide": "some"})

@@ -247,6 +247,12 @@ def test_a_buffer_may_be_all_of_the_limit() -> None:
     assert overlong_penalty(1, truncated=False, limit=4, buffer=4) == -0.25
 
 
+@pytest.mark.parametrize("totals", [(-0.5, 3, -3), (1, 1, 0), (0, -1, 0), (float("nan"), 0, 0)])
+def test_a_right_label_must_earn_the_most(totals: tuple[float, float, float]) -> None:
+    with pytest.raises(ValueError, match="a right label must earn the most"):
+        RewardTotals(**dict(zip(("correct", "wrong", "malformed"), totals, strict=True)))
+
+
 def test_parts_of_a_reward() -> None:
     wrong = relation_reward(_answer("Cause-Effect(e2,e1)"), EXAMPLE, SCHEMA)
     values = {part.value: reward_part(part, wrong, overlong=-0.5) for part in RewardPart}

@@ -7,10 +7,17 @@ from typing import Any
 import pytest
 
 from r1re_jax.model.tree import LimitError
+from r1re_jax.task.lessons import Lesson
 from r1re_jax.task.readers import write_jsonl
 from r1re_jax.task.relations import DataError, GuideError
-from r1re_jax.train.data import check_prompts, open_sets, open_training
-from r1re_jax.train.data_settings import DataKind, EvalSetSettings, SourceSettings
+from r1re_jax.train.data import check_prompts, open_mixture, open_sets, open_training
+from r1re_jax.train.data_settings import (
+    DataKind,
+    DataSettings,
+    EvalSetSettings,
+    ExtraSettings,
+    SourceSettings,
+)
 from tests.tiny import GUIDE, tiny_policy
 from tests.train import world
 
@@ -38,7 +45,8 @@ def _files(inputs: pathlib.Path) -> dict[str, Any]:
 
 def test_jsonl_with_a_guide(inputs: pathlib.Path) -> None:
     data = open_training(_source(inputs), seed=1)
-    assert len(data.examples) == 16 and data.guide.title == "Tiny"
+    (known,) = data.known
+    assert len(known.examples) == 16 and known.guide.title == "Tiny" and data.complete
     lessons = data.source(2, 3).lessons(0)
     assert [len(lesson.examples) for lesson in lessons] == [3, 3]
     assert lessons == data.source(2, 3).lessons(0)
@@ -63,10 +71,11 @@ def test_the_official_text_form_has_a_packaged_guide(tmp_path: pathlib.Path) -> 
     )
     official = _source(tmp_path, kind=DataKind.SEMEVAL2010, path=str(path), guide="")
     data = open_training(official, seed=0)
-    assert data.examples[0].label == "Cause-Effect(e2,e1)"
-    assert "Cause-Effect(e2,e1)" in data.guide.schema
+    (known,) = data.known
+    assert known.examples[0].label == "Cause-Effect(e2,e1)"
+    assert "Cause-Effect(e2,e1)" in known.guide.schema
     same = dataclasses.replace(official, guide="packaged:semeval2010_short")
-    assert open_training(same, seed=0).guide == data.guide
+    assert open_training(same, seed=0).guides == data.guides
 
 
 def test_the_hub_is_asked_where_no_path_is_given(
@@ -138,13 +147,13 @@ def test_training_may_have_narrower_levels_of_its_own(inputs: pathlib.Path) -> N
     with pytest.raises(LimitError, match="16 of 16 questions"):
         check_prompts(data, [], encoder=encoder, settings=settings)
     sets = [*open_sets(settings.data.eval).values()]
-    check_prompts(dataclasses.replace(data, guide=None), sets, encoder=encoder, settings=settings)
+    check_prompts(dataclasses.replace(data, known=()), sets, encoder=encoder, settings=settings)
 
 
 def test_evaluation_sets_are_checked_too(inputs: pathlib.Path) -> None:
     settings = world.settings(inputs, limits__question=40)
     sets = open_sets(settings.data.eval)
-    data = dataclasses.replace(open_training(settings.data.train, seed=0), guide=None)
+    data = dataclasses.replace(open_training(settings.data.train, seed=0), known=())
     with pytest.raises(LimitError, match="of 3 questions"):
         check_prompts(data, [*sets.values()], encoder=tiny_policy().encoder, settings=settings)
 
@@ -152,8 +161,9 @@ def test_evaluation_sets_are_checked_too(inputs: pathlib.Path) -> None:
 def test_training_examples_need_labels(inputs: pathlib.Path) -> None:
     settings = world.settings(inputs)
     data = open_training(settings.data.train, seed=0)
-    blank = dataclasses.replace(data.examples[1], label="")
-    data = dataclasses.replace(data, examples=(data.examples[0], blank))
+    (known,) = data.known
+    blank = dataclasses.replace(known.examples[1], label="")
+    data = dataclasses.replace(data, known=(Lesson(known.guide, (known.examples[0], blank)),))
     with pytest.raises(DataError, match="1 of 2 training examples have no label, e1 first"):
         check_prompts(data, [], encoder=tiny_policy().encoder, settings=settings)
 
@@ -164,7 +174,7 @@ def test_miniworld_makes_lessons_as_they_are_asked_for() -> None:
     data = open_training(settings, seed=4)
     lessons = data.source(2, 3).lessons(1)
     assert [len(lesson.examples) for lesson in lessons] == [3, 3]
-    assert data.guide is None and data.examples == ()
+    assert data.known == () and not data.complete
     sets = open_sets(
         {
             name: EvalSetSettings(
@@ -187,3 +197,49 @@ def test_miniworld_makes_lessons_as_they_are_asked_for() -> None:
 def test_options_of_miniworld_are_checked(options: dict, expected: str) -> None:
     with pytest.raises(ValueError, match=expected):
         open_training(SourceSettings(kind=DataKind.MINIWORLD, options=options), seed=0)
+
+
+def _other(inputs: pathlib.Path, *, title: str = "Other guide") -> dict[str, Any]:
+    """The same examples under a guide of another title."""
+    (inputs / "other.md").write_text(GUIDE.replace("# Tiny", f"# {title}"))
+    return _files(inputs) | {"guide": str(inputs / "other.md")}
+
+
+def test_without_extra_sets_the_mixture_is_the_training_set(inputs: pathlib.Path) -> None:
+    one = open_mixture(DataSettings(train=_source(inputs)), seed=1)
+    alone = open_training(_source(inputs), seed=1)
+    assert one.source(2, 3) == alone.source(2, 3) and one.sha256 == alone.sha256
+
+
+def test_every_tree_draws_its_data_set(inputs: pathlib.Path) -> None:
+    extra = {"other": ExtraSettings(**_other(inputs), weight=3.0)}
+    data = open_mixture(DataSettings(train=_source(inputs), extra=extra), seed=1)
+    assert [guide.title for guide in data.guides] == ["Tiny", "Other guide"]
+    assert data.complete and len(data.sha256) == 3, "data, and two guides"
+    source = data.source(2, 3)
+    titles = [tuple(lesson.guide.title for lesson in source.lessons(step)) for step in range(200)]
+    assert len(set(titles)) == 4, "both, and the same, in one forest"
+    share = sum(title == "Other guide" for pair in titles for title in pair) / 400
+    assert 0.68 < share < 0.82, "three of four"
+    settings = world.settings(inputs, model__path="absent")
+    check_prompts(data, [], encoder=tiny_policy().encoder, settings=settings)
+    narrow = world.settings(inputs, model__path="absent", limits__guide=20)
+    with pytest.raises(LimitError, match="1 of 1 guides"):
+        check_prompts(data, [], encoder=tiny_policy().encoder, settings=narrow)
+
+
+def test_miniworld_can_be_mixed_in(inputs: pathlib.Path) -> None:
+    stages = [{"until": 5, "kinds": ["invented"], "fewest": 2, "most": 3}]
+    world_settings = ExtraSettings(kind=DataKind.MINIWORLD, options={"stages": stages})
+    data = open_mixture(
+        DataSettings(train=_source(inputs), extra={"world": world_settings}), seed=1
+    )
+    assert len(data.known) == 1 and not data.complete
+    titles = {lesson.guide.title for step in range(9) for lesson in data.source(1, 2).lessons(step)}
+    assert "Tiny" in titles and len(titles) > 1
+
+
+def test_examples_that_cannot_be_told_apart_are_refused(inputs: pathlib.Path) -> None:
+    extra = {"twin": ExtraSettings(**_other(inputs, title="Tiny"))}
+    with pytest.raises(DataError, match="16 examples of different data sets .* 'e0' of 'Tiny'"):
+        open_mixture(DataSettings(train=_source(inputs), extra=extra), seed=1)

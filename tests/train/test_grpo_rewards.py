@@ -5,8 +5,11 @@ import dataclasses
 import numpy as np
 import pytest
 
+from r1re_jax.task.rewards import RewardTotals
+from r1re_jax.task.tasks import TaskKind, make_task
 from r1re_jax.train.grpo_settings import GRPOSettings
 from tests.oracles import rl_formulas
+from tests.tiny import tiny_policy
 from tests.train.canned import completions, step
 from tests.train.world import LIMITS
 
@@ -30,6 +33,13 @@ def test_one_total_is_the_default() -> None:
     np.testing.assert_allclose(seen.joined("advantage_NPG")[0], expected, rtol=1e-4)
     assert "rewards" not in result.completions[0]["samples"][0]
     assert not any(name.startswith("reward_f") or name == "overlong" for name in result.metrics)
+
+
+def test_totals_are_the_runs_own() -> None:
+    reward = RewardTotals(correct=3.0, wrong=-1.0, malformed=-3.0)
+    encoder = tiny_policy().encoder.for_task(make_task(TaskKind.RELATION, reward=reward))
+    result, _ = step(SETTINGS, encoder=encoder)
+    assert {3.0, -1.0, -3.0} == set(_of_samples(result, "reward").ravel().tolist())
 
 
 @pytest.mark.parametrize("kind", ["grpo", "mean_only", "rloo", "batch"])

@@ -211,10 +211,10 @@ def test_a_run_can_start_from_random_weights(
     monkeypatch.setitem(PRESETS, "tiny", tiny_config(vocab=vocab))
     values: dict[str, Any] = world.config(inputs)
     values |= {"model": {"preset": "tiny"}, "tokenizer": str(inputs / "base")}
-    start = load_start(read_settings(values), mesh=world.one_device_mesh(), guide=None, fresh=True)
+    start = load_start(read_settings(values), mesh=world.one_device_mesh(), guides=(), fresh=True)
     assert start.policy.limits == world.LIMITS and start.policy.guide_sha256 == {}
     assert start.params["embed"].shape == (vocab, 16)
-    again = load_start(read_settings(values), mesh=world.one_device_mesh(), guide=None, fresh=False)
+    again = load_start(read_settings(values), mesh=world.one_device_mesh(), guides=(), fresh=False)
     assert again.params is None
 
 

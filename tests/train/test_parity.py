@@ -281,7 +281,7 @@ def test_the_mesh_shares_the_questions_evenly(
 ) -> None:
     settings = _one_step(inputs, sft__questions=8)
     data = open_training(settings.data.train, seed=settings.seed)
-    start = load_start(settings, mesh=mesh_of(*mesh), guide=data.guide, fresh=True)
+    start = load_start(settings, mesh=mesh_of(*mesh), guides=data.guides, fresh=True)
     asked = []
     nothing = Parity(dtype=Dtype.FLOAT32, tokens=0, gaps={}, band=BANDS[Dtype.FLOAT32])
     monkeypatch.setattr(

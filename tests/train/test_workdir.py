@@ -64,6 +64,22 @@ def test_safe_keys_may_change_and_are_remembered(tmp_path: pathlib.Path) -> None
     assert found["history"][0]["changed"]["evaluate.samples"] == [0, 1]
 
 
+def test_a_run_of_a_version_that_knew_fewer_keys_goes_on(tmp_path: pathlib.Path) -> None:
+    open_workdir(tmp_path, _settings(), data=DATA)
+    path = tmp_path / "config.json"
+    older = json.loads(path.read_text())
+    del older["config"]["grpo"]["dual_clip"], older["config"]["reward"]
+    path.write_text(json.dumps(older))
+    with pytest.raises(WorkdirError, match="grpo.dual_clip is 0.0 there and 3.0 here"):
+        check_workdir(tmp_path, _settings(grpo__dual_clip=3.0), data=DATA)
+    open_workdir(tmp_path, _settings(), data=DATA)
+    assert read_config(tmp_path)["config"]["reward"]["correct"] == 3.0
+    older["config"]["grpo"]["gone"] = 1
+    path.write_text(json.dumps(older))
+    with pytest.raises(WorkdirError, match="grpo.gone is 1 there and None here"):
+        check_workdir(tmp_path, _settings(), data=DATA)
+
+
 def test_a_schedule_of_another_length_is_explained(tmp_path: pathlib.Path) -> None:
     open_workdir(tmp_path, _settings(grpo__schedule="linear"), data=DATA)
     with pytest.raises(WorkdirError, match="give decay_steps the value it has there"):

@@ -95,7 +95,7 @@ class GRPO:
         optimizer: of the phase.
         programs: jitted updates.
         score: jitted, (params, tree) -> logp_NPGC.
-        reference: frozen parameters; None without a KL term.
+        reference: all parameters of the reference; None without a KL term.
     """
 
     settings: GRPOSettings
@@ -120,13 +120,13 @@ class GRPO:
             SamplerDriftError: before the first update.
             LimitError: a guide or question that is too long.
         """
-        clock = Clock()
-        drawn = self._draw(state.params, number, tick, clock)
+        clock, params = Clock(), self.programs.whole(state.params)
+        drawn = self._draw(params, number, tick, clock)
         kept = drawn.groups.choose(self.settings.questions)
         advantage_NPG = np.asarray(group_advantages(kept.reward, kind=self.settings.advantage))
         completion = Level(kept.rollout.tokens, kept.rollout.length)
         tree = Tree(drawn.guide, kept.question, completion)
-        batch = self._scored(state.params, tree, kept.rollout, advantage_NPG, tick)
+        batch = self._scored(params, tree, kept.rollout, advantage_NPG, tick)
         clock.lap("reference")
         state, gradients = self._updates(state, batch, tick)
         clock.lap("update")
@@ -288,6 +288,7 @@ def make_grpo(
     first: int,
     layout: Layout,
     reference: Params | None,
+    frozen: Params | None = None,
 ) -> GRPO:
     """Build the reinforcement.
 
@@ -299,7 +300,8 @@ def make_grpo(
         seed: of sampling.
         first: steps that were completed before the phase.
         layout: the model without its arrays.
-        reference: frozen parameters; needed if the KL coefficient is not 0.
+        reference: all its parameters; needed if the KL coefficient is not 0.
+        frozen: parameters that an adapter leaves as they are.
 
     Raises:
         ValueError: micro-batches that the mesh cannot share evenly, or no reference.
@@ -336,7 +338,7 @@ def make_grpo(
         first=first,
         layout=layout,
         optimizer=optimizer,
-        programs=make_programs(loss, layout=layout, optimizer=optimizer),
+        programs=make_programs(loss, layout=layout, optimizer=optimizer, frozen=frozen),
         score=jax.jit(score),
         reference=reference if settings.kl_coefficient else None,
     )

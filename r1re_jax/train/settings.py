@@ -9,6 +9,7 @@ import dataclasses
 import enum
 from typing import Any
 
+from r1re_jax.model.lora import Lora
 from r1re_jax.model.qwen import Remat
 from r1re_jax.policy import Limits
 from r1re_jax.rl.kinds import AdvantageKind, KlKind, LossKind
@@ -302,6 +303,7 @@ class Settings:
     Attributes:
         seed: of data order, sampling and random weights.
         model: where the policy comes from.
+        lora: what is trained beside its matrices, in place of all of its parameters.
         tokenizer: folder of the tokenizer; only with `model.preset`.
         mesh: the devices.
         limits: widths of the tree's levels, in training too unless `data.train.limits` says else.
@@ -317,6 +319,7 @@ class Settings:
 
     seed: int = 0
     model: ModelSettings
+    lora: Lora = Lora()
     tokenizer: str = ""
     mesh: MeshSettings = MeshSettings()
     limits: Limits

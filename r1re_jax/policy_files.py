@@ -18,6 +18,7 @@ from r1re_jax.model.hf import load_hf, save_hf
 from r1re_jax.model.hf_config import WeightsError, config_from_hf, hf_config
 from r1re_jax.model.hf_tokenizer import save_tokenizer
 from r1re_jax.model.lora import adapt, is_adapter, merge
+from r1re_jax.model.peft import save_peft
 from r1re_jax.model.qwen import Qwen, Remat, abstract_qwen
 from r1re_jax.policy import Limits, Policy, Wordless, check_vocabulary
 from r1re_jax.policy_source import (
@@ -169,6 +170,34 @@ def save_policy(
         overwrite=overwrite,
         also=functools.partial(_write_words, policy, card=card),
     )
+
+
+def save_adapter(
+    workdir: str | os.PathLike,
+    folder: str | os.PathLike,
+    *,
+    step: int | None = None,
+    dtype: str = "float32",
+) -> None:
+    """Write the adapter of a LoRA run alone, in PEFT's format; its base is not read.
+
+    Args:
+        workdir: of the run.
+        folder: absent or empty; appears whole or not at all.
+        step: as of `load_policy`.
+        dtype: of the weights.
+
+    Raises:
+        PolicyError: no work directory, or one whose checkpoints hold no adapter.
+    """
+    where = find(workdir)
+    adapted = read_adapted(where)
+    if adapted is None:
+        raise PolicyError(f"{where} holds no adapter: it is no work directory of a LoRA run")
+    model = adapt(abstract_qwen(policy_config(where)), adapted.lora)
+    parameters = where / CHECKPOINTS / str(choose_step(where, step)) / "params"
+    adapter = restore(model, parameters, wanted=is_adapter)
+    save_peft(adapter, folder, lora=adapted.lora, base=adapted.base, dtype=dtype)
 
 
 def save_words(

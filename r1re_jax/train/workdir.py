@@ -9,7 +9,14 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from r1re_jax.train.config import configuration_hash, differences, is_safe, resolved
+from r1re_jax.train.config import (
+    SettingsError,
+    configuration_hash,
+    differences,
+    is_safe,
+    read_settings,
+    resolved,
+)
 from r1re_jax.train.settings import Settings
 
 CONFIG = "config.json"
@@ -144,7 +151,7 @@ def _check_same(
     workdir: Path, before: Mapping[str, Any], now: Mapping[str, Any]
 ) -> dict[str, tuple[Any, Any]]:
     """Refuse another configuration or other data; return the safe keys that changed."""
-    changed = differences(before["config"], now["config"])
+    changed = differences(_with_defaults(before["config"]), now["config"])
     lines = [
         f"{key} is {old!r} there and {new!r} here"
         for key, (old, new) in changed.items()
@@ -169,6 +176,14 @@ def _check_same(
             f" give these their old values{hint}. Nothing was changed."
         )
     return changed
+
+
+def _with_defaults(config: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Return what an earlier version wrote, keys that it did not know yet at their defaults."""
+    try:
+        return json.loads(json.dumps(resolved(read_settings(config))))
+    except SettingsError:  # it knew other keys, or refused other values
+        return config
 
 
 def _step_of(path: Path) -> int | None:

@@ -8,21 +8,31 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from r1re_jax.model.config import ModelConfig
+from r1re_jax.model.fingerprint import fingerprint
 from r1re_jax.model.gguf_file import GGUFFile, gguf_config, load_gguf, open_gguf
 from r1re_jax.model.hf import load_hf, save_hf
-from r1re_jax.model.hf_config import config_from_hf, hf_config
+from r1re_jax.model.hf_config import WeightsError, config_from_hf, hf_config
 from r1re_jax.model.hf_tokenizer import save_tokenizer
+from r1re_jax.model.lora import adapt, is_adapter, merge
+from r1re_jax.model.peft import save_peft
 from r1re_jax.model.qwen import Qwen, Remat, abstract_qwen
 from r1re_jax.policy import Limits, Policy, Wordless, check_vocabulary
 from r1re_jax.policy_source import (
+    ADAPTED,
     CHECKPOINTS,
     WORDS,
+    Adapted,
     PolicyError,
     choose_step,
+    filled,
     find,
+    is_workdir,
+    named_params,
+    read_adapted,
     read_json,
     restore,
 )
@@ -63,11 +73,9 @@ def load_policy(
     """
     where = find(source)
     kinds = {"dtype": dtype, "param_dtype": param_dtype or dtype, "remat": remat, "mesh": mesh}
-    if _is_workdir(where):
+    if is_workdir(where):
         step = choose_step(where, step)
-        model = abstract_qwen(policy_config(where), dtype=dtype, remat=remat)
-        parameters = where / CHECKPOINTS / str(step) / "params"
-        model = restore(model, parameters, dtype=kinds["param_dtype"], mesh=mesh)
+        model = _trained_model(where, step, **kinds)
         return _policy(model, where / WORDS, provenance=f"{source}, step {step}")
     if step is not None:
         raise PolicyError(f"{where} is no work directory, so it has no step {step}")
@@ -83,14 +91,42 @@ def policy_config(source: str | os.PathLike) -> ModelConfig:
     where = find(source)
     if where.is_file():
         return gguf_config(open_gguf(where))
-    if _is_workdir(where):
+    if is_workdir(where):
         return config_from_hf(read_json(where / WORDS / "config.json"))
     _check_folder(where)
     return config_from_hf(read_json(where / "config.json"))
 
 
-def _is_workdir(where: Path) -> bool:
-    return (where / CHECKPOINTS).is_dir() or (where / WORDS).is_dir()
+def _trained_model(
+    workdir: Path,
+    step: int,
+    *,
+    dtype: str,
+    param_dtype: str,
+    remat: Remat,
+    mesh: Mesh | None,
+) -> Qwen:
+    """Load a checkpoint's model; where it holds an adapter, the base with it merged."""
+    folder = workdir / CHECKPOINTS / str(step) / "params"
+    model = abstract_qwen(policy_config(workdir), dtype=dtype, remat=remat)
+    adapted = read_adapted(workdir)
+    if adapted is None:
+        return filled(model, restore(model, folder, dtype=param_dtype, mesh=mesh))
+    # Not narrower than the run had it, so that its fingerprint can be compared.
+    held = jnp.promote_types(param_dtype, adapted.dtype)
+    try:
+        base = load_policy(adapted.base, param_dtype=str(held), mesh=mesh, step=adapted.step)
+    except (PolicyError, WeightsError) as error:
+        raise PolicyError(
+            f"{workdir} holds an adapter, but not its base: {error}. Say in {WORDS}/{ADAPTED} where"
+            " it is"
+        ) from error
+    params = named_params(base.model)
+    adapted.check(fingerprint(params, dtype=adapted.dtype))
+    shapes = adapt(model, adapted.lora)
+    adapter = restore(shapes, folder, mesh=mesh, wanted=is_adapter)
+    params = merge(params, adapter, scale=adapted.lora.scale)
+    return filled(model, {name: value.astype(param_dtype) for name, value in params.items()})
 
 
 def _check_folder(folder: Path) -> None:
@@ -136,13 +172,51 @@ def save_policy(
     )
 
 
-def save_words(policy: Policy, folder: str | os.PathLike) -> None:
+def save_adapter(
+    workdir: str | os.PathLike,
+    folder: str | os.PathLike,
+    *,
+    step: int | None = None,
+    dtype: str = "float32",
+) -> None:
+    """Write the adapter of a LoRA run alone, in PEFT's format; its base is not read.
+
+    Args:
+        workdir: of the run.
+        folder: absent or empty; appears whole or not at all.
+        step: as of `load_policy`.
+        dtype: of the weights.
+
+    Raises:
+        PolicyError: no work directory, or one whose checkpoints hold no adapter.
+    """
+    where = find(workdir)
+    adapted = read_adapted(where)
+    if adapted is None:
+        raise PolicyError(f"{where} holds no adapter: it is no work directory of a LoRA run")
+    model = adapt(abstract_qwen(policy_config(where)), adapted.lora)
+    parameters = where / CHECKPOINTS / str(choose_step(where, step)) / "params"
+    adapter = restore(model, parameters, wanted=is_adapter)
+    save_peft(adapter, folder, lora=adapted.lora, base=adapted.base, dtype=dtype)
+
+
+def save_words(
+    policy: Policy, folder: str | os.PathLike, *, adapted: Adapted | None = None
+) -> None:
     """Write all of a policy but its weights: what `load_policy` needs beside checkpoints.
 
     A run writes it once, into `policy/` of its work directory.
+
+    Args:
+        policy: its config, tokenizer, template, limits and stop tokens.
+        folder: is made.
+        adapted: of which base checkpoints hold an adapter; None where they hold all parameters.
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
+    if adapted is not None:
+        text = json.dumps(dataclasses.asdict(adapted), ensure_ascii=False, indent=2)
+        (folder / ADAPTED).write_text(text + "\n", "utf-8")
     ids = {"stop_ids": policy.encoder.stop_ids, "pad_id": policy.encoder.pad_id}
     config = hf_config(policy.config, bos_id=policy.tokenizer.bos_token_id, **ids)
     (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", "utf-8")

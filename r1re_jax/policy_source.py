@@ -1,8 +1,10 @@
 """Where a policy is: what a name means, which checkpoint of a run, and its parameters."""
 
+import dataclasses
 import json
 import os
 import re
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -13,17 +15,77 @@ from jax.sharding import Mesh, SingleDeviceSharding
 
 from r1re_jax import sharding
 from r1re_jax.model.gguf_file import SUFFIX
+from r1re_jax.model.lora import Lora
 from r1re_jax.model.qwen import Qwen
 from r1re_jax.published import PUBLISHED, cached
 
 BASE = "base:"
 # Parts of a work directory: all of the policy but its weights, and the weights.
 WORDS, CHECKPOINTS = "policy", "checkpoints"
+# Beside the words, where checkpoints hold an adapter: of which base.
+ADAPTED = "lora.json"
 HUB_FILES = ["*.json", "*.safetensors", "*.jinja"]
 
 
 class PolicyError(ValueError):
     """A policy that cannot be found, read or asked what it was asked."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Adapted:
+    """What the adapter of a LoRA run belongs to; `lora.json` of a work directory's words.
+
+    Attributes:
+        base: what `load_policy` opens: a name, or an absolute path.
+        step: of the base, where that is a work directory.
+        dtype: that the run holds the base in.
+        fingerprint: of the base's parameters in that type (`r1re_jax.model.fingerprint`).
+        lora: rank, alpha and targets of the adapter.
+    """
+
+    base: str
+    step: int | None
+    dtype: str
+    fingerprint: str
+    lora: Lora
+
+    def check(self, found: str) -> None:
+        """Raise PolicyError where the base that was found has another fingerprint."""
+        if found != self.fingerprint:
+            step = "" if self.step is None else f", step {self.step}"
+            raise PolicyError(
+                f"{self.base}{step} is not the base that this run's adapter was trained on: the"
+                f" fingerprint of its weights is {found[:12]}…, not {self.fingerprint[:12]}…. Put"
+                f" the old weights back, or say in {WORDS}/{ADAPTED} where they are"
+            )
+
+
+def read_adapted(workdir: Path) -> Adapted | None:
+    """Return what a work directory says of its adapter's base; None where it has no adapter.
+
+    Raises:
+        PolicyError: the file cannot be used.
+    """
+    path = workdir / WORDS / ADAPTED
+    if not path.is_file():
+        return None
+    content = read_json(path)
+    try:
+        return Adapted(**{**content, "lora": Lora(**content["lora"])})
+    except (KeyError, TypeError, ValueError) as error:
+        raise PolicyError(f"{path} cannot be used: {error!r}") from None
+
+
+def is_workdir(where: Path) -> bool:
+    """Whether a folder is a work directory of a run."""
+    return (where / CHECKPOINTS).is_dir() or (where / WORDS).is_dir()
+
+
+def lasting(source: str | os.PathLike) -> str:
+    """Return a source by which it is found from any folder: names as they are, paths absolute."""
+    name = os.fspath(source)
+    local = not name.startswith(BASE) and Path(name).exists()
+    return str(Path(name).absolute()) if local else name
 
 
 def find(source: str | os.PathLike) -> Path:
@@ -83,30 +145,61 @@ def choose_step(workdir: Path, step: int | None) -> int:
 
 
 def restore(
-    model: Qwen, folder: Path, *, dtype: str | jnp.dtype = "float32", mesh: Mesh | None = None
-) -> Qwen:
-    """Fill an abstract model from a checkpoint's `params`: dotted name -> array, as `dtype`."""
+    model: Qwen,
+    folder: Path,
+    *,
+    dtype: str | jnp.dtype = "float32",
+    mesh: Mesh | None = None,
+    wanted: Callable[[str], bool] = lambda name: True,
+) -> dict[str, jax.Array]:
+    """Read a checkpoint's `params`: dotted name -> array, as `dtype`.
+
+    Args:
+        model: of shapes.
+        folder: the checkpoint's `params`.
+        dtype: of the result.
+        mesh: where parameters go, by the sharding table; None: the first device.
+        wanted: which of the model's parameters the checkpoint holds.
+
+    Raises:
+        PolicyError: it holds others.
+    """
     import orbax.checkpoint as ocp
 
-    graph, state = nnx.split(model)
-    flat = {".".join(map(str, path)): (path, leaf) for path, leaf in nnx.to_flat_state(state)}
+    state = nnx.state(model)
+    flat = {".".join(map(str, path)): leaf for path, leaf in nnx.to_flat_state(state)}
     places = dict.fromkeys(flat, SingleDeviceSharding(jax.devices()[0]))
     if mesh is not None:
         spread = nnx.to_flat_state(sharding.parameter_shardings(state, mesh))
         places = {".".join(map(str, path)): leaf.get_value() for path, leaf in spread}
     target = {
         name: jax.ShapeDtypeStruct(leaf.shape, jnp.dtype(dtype), sharding=places[name])
-        for name, (_, leaf) in flat.items()
+        for name, leaf in flat.items()
+        if wanted(name)
     }
     try:
         with ocp.StandardCheckpointer() as checkpointer:
-            arrays = checkpointer.restore(folder.absolute(), target)
+            return checkpointer.restore(folder.absolute(), target)
     except (FileNotFoundError, KeyError, ValueError) as error:
         raise PolicyError(
             f"{folder} does not hold the parameters of its policy: {error}"
         ) from error
-    filled = [(path, leaf.replace(arrays[name])) for name, (path, leaf) in flat.items()]
-    return nnx.merge(graph, nnx.from_flat_state(filled))
+
+
+def named_params(model: Qwen) -> dict[str, jax.Array]:
+    """Return a model's parameters: dotted name -> array."""
+    flat = nnx.to_flat_state(nnx.state(model))
+    return {".".join(map(str, path)): leaf.get_value() for path, leaf in flat}
+
+
+def filled(model: Qwen, params: Mapping[str, jax.Array]) -> Qwen:
+    """Return a model of shapes with arrays, dotted name -> array, in their place."""
+    graph, state = nnx.split(model)
+    flat = [
+        (path, leaf.replace(params[".".join(map(str, path))]))
+        for path, leaf in nnx.to_flat_state(state)
+    ]
+    return nnx.merge(graph, nnx.from_flat_state(flat))
 
 
 def read_json(path: Path) -> dict[str, Any]:

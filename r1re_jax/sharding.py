@@ -17,6 +17,7 @@ RULES: dict[str, tuple[str, ...] | None] = {
     "kv_heads": ("tensor",),
     "mlp": ("tensor",),
     "norm": None,
+    "rank": None,
     "layers": None,
     "guide": None,  # every device needs the whole guide
     "question": ("data", "fsdp"),  # rows of a step are spread over all data-parallel devices

@@ -1,9 +1,11 @@
 """Export a run's policy as a Hugging Face folder that transformers loads, and push it if asked.
 
 python -m run.export --workdir=W --out=H [--step=N] [--dtype=bfloat16] [--push=ORG/NAME]
+python -m run.export --workdir=W --out=H --adapter
 
 H gets weights, tokenizer, a model card and r1re.json (template, limits, stop tokens), so that
-run.evaluate and run.extract build the same prompts from it. Without --step: the best checkpoint,
+run.evaluate and run.extract build the same prompts from it. What LoRA trained is merged into the
+weights; --adapter writes it alone, in the format of PEFT. Without --step: the best checkpoint,
 where the run scored them, else the newest. Nothing is overwritten.
 """
 
@@ -13,7 +15,7 @@ import sys
 from absl import app, flags
 
 from r1re_jax.launch.hub import check_push, push
-from r1re_jax.policy_files import load_policy, save_policy
+from r1re_jax.policy_files import load_policy, save_adapter, save_policy
 from r1re_jax.report.card import exported_step, model_card
 
 WORKDIR = flags.DEFINE_string("workdir", None, "folder of a run, or another policy", required=True)
@@ -21,6 +23,7 @@ OUT = flags.DEFINE_string("out", None, "folder to write, absent or empty", requi
 STEP = flags.DEFINE_integer("step", None, "of the checkpoint", lower_bound=0)
 DTYPE = flags.DEFINE_enum("dtype", "float32", ["float32", "bfloat16", "float16"], "of the weights")
 SHARD = flags.DEFINE_float("max_shard_gb", 5.0, "most GB of weights in a file", lower_bound=1e-6)
+ADAPTER = flags.DEFINE_bool("adapter", False, "write a LoRA run's adapter alone, for PEFT")
 LICENSE = flags.DEFINE_string("license", "", "of the policy; without it, the base model's if known")
 PUSH = flags.DEFINE_string("push", "", "ORG/NAME on the Hugging Face hub to upload the export to")
 PRIVATE = flags.DEFINE_bool("private", False, "make the pushed repository private")
@@ -34,6 +37,12 @@ def export(out: pathlib.Path) -> None:
         raise ValueError("--private and --push_overwrite say how to --push; give --push=ORG/NAME")
     if out.is_dir() and any(out.iterdir()) or out.is_file():
         raise ValueError(f"{out} exists and is not empty; nothing is overwritten, choose another")
+    if ADAPTER.value:
+        if PUSH.value:
+            raise ValueError("--adapter writes no policy that could be pushed; leave --push out")
+        save_adapter(WORKDIR.value, out, step=STEP.value, dtype=DTYPE.value)
+        print(f"exported the adapter of {WORKDIR.value} to {out.absolute()}")
+        return
     if PUSH.value:
         check_push(PUSH.value, **rights)
     step = exported_step(WORKDIR.value, STEP.value)

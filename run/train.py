@@ -18,7 +18,8 @@ from absl import app, flags, logging
 from r1re_jax.report.progress import open_progress
 from r1re_jax.report.writers import JsonlWriter, TensorBoardWriter, Writer
 from r1re_jax.train.config import read_settings
-from r1re_jax.train.loop import Hooks, Outcome, run_training
+from r1re_jax.train.hooks import Hooks
+from r1re_jax.train.loop import Outcome, run_training
 from r1re_jax.train.parity import ParityError
 from r1re_jax.train.settings import Settings
 from r1re_jax.train.signals import StopSignals

@@ -198,7 +198,22 @@ def _parameters(settings: Settings, mesh: Mesh) -> Finding:
         "bytes": f"{total:,} in all, {local:,} on each device (float32, without the optimizer)",
         "computed in": settings.model.dtype.value,
     }
+    if layout.frozen:
+        facts |= _adapter(layout)
     return Finding(layout, facts)
+
+
+def _adapter(layout: Layout) -> dict[str, str]:
+    """Tell what LoRA trains from what it leaves as it is."""
+    total, local = parameter_bytes(layout)
+    own, mine = parameter_bytes(dataclasses.replace(layout, frozen={}))
+    count = lambda shapes: sum(shape.size for shape in shapes.values())  # noqa: E731
+    dtype = next(iter(layout.frozen.values())).dtype
+    return {
+        "parameters": f"{count(layout.frozen):,}, frozen, and {count(layout.shapes):,} of adapters",
+        "bytes": f"{total - own:,} in all, {local - mine:,} on each device ({dtype}), and"
+        f" {own:,} and {mine:,} (float32, without the optimizer)",
+    }
 
 
 def _batch(settings: Settings, mesh: Mesh) -> Finding:

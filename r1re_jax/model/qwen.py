@@ -65,7 +65,9 @@ class Cache:
 
 
 class Linear(nnx.Module):
-    """y = x·W (+ b), with logical axis names for sharding."""
+    """y = x·W (+ b), with logical axis names for sharding; an adapter adds to x·W."""
+
+    adapter: Callable[[jax.Array], jax.Array] | None = None  # of r1re_jax.model.lora
 
     def __init__(
         self,
@@ -84,6 +86,8 @@ class Linear(nnx.Module):
     def __call__(self, x: jax.Array) -> jax.Array:
         """[..., in] -> [..., out]."""
         y = jnp.einsum("...i,io->...o", x, self.weight[...].astype(x.dtype))
+        if self.adapter is not None:
+            y += self.adapter(x)
         return y if self.bias is None else y + _last_axis(self.bias[...].astype(x.dtype), y.ndim)
 
 

@@ -180,7 +180,11 @@ def _facts(
     facts = [("Base model", _base(history, chain)), ("Architecture", shape)]
     if history is not None:
         config = history.config.get("config") or history.config
-        facts += [("Step", f"{step}"), ("Training data", ", ".join(_data(history)))]
+        facts += [
+            ("LoRA", _lora(section(history.config, "lora"))),
+            ("Step", f"{step}"),
+            ("Training data", ", ".join(_data(history))),
+        ]
         if "seed" in config:
             facts.append(("Seed", f"{config['seed']}"))
     guides = [f"{escaped(title)} ({_sha(sha)})" for title, sha in policy.guide_sha256.items()]
@@ -202,6 +206,14 @@ def _base(history: History | None, chain: list[Ancestor]) -> str:
         return ", which began from ".join(code(one.name) for one in chain)
     preset = section(history.config, "model").get("preset")
     return f"none: random weights of the shape {code(preset)}" if preset else "unknown"
+
+
+def _lora(given: Mapping[str, Any]) -> str:
+    """Return what of the base was adapted; "" where all of it was trained."""
+    if not given.get("rank"):
+        return ""
+    shape = f"rank {given['rank']}, alpha {given.get('alpha', 0):g}"
+    return f"{shape}, merged; adapted are {code(given.get('targets', ''))}"
 
 
 def _data(history: History) -> list[str]:

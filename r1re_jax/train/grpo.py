@@ -87,8 +87,8 @@ class GRPO:
         optimizer: of the phase.
         programs: jitted updates.
         score: jitted, (params, tree) -> logp_NPGC.
-        reference: frozen parameters; None without a KL term, or where the reference follows the
-            policy and is part of the state.
+        reference: all parameters of a frozen reference; None without a KL term, or where the
+            reference follows the policy and is part of the state.
     """
 
     settings: GRPOSettings
@@ -116,13 +116,15 @@ class GRPO:
             SamplerDriftError: before the first update.
             LimitError: a guide or question that is too long.
         """
-        clock = Clock()
-        drawn = self.drawing.draw(state.params, number, tick=tick, clock=clock)
+        clock, params = Clock(), self.programs.whole(state.params)
+        drawn = self.drawing.draw(params, number, tick=tick, clock=clock)
         kept = drawn.groups.choose(self.settings.questions)
         advantage_NPG = self._advantages(kept)
         completion = Level(kept.rollout.tokens, kept.rollout.length)
         tree = Tree(drawn.guide, kept.question, completion)
-        batch = self._scored(state, tree, kept.rollout, advantage_NPG, tick)
+        moving = None if state.reference is None else self.programs.whole(state.reference)
+        reference = self.reference if moving is None else moving
+        batch = self._scored(params, reference, tree, kept.rollout, advantage_NPG, tick)
         clock.lap("reference")
         state, gradients = self._updates(state, batch, tick)
         if state.reference is not None:
@@ -157,7 +159,8 @@ class GRPO:
 
     def _scored(
         self,
-        state: TrainState,
+        params: Params,
+        reference: Params | None,
         tree: Tree,
         rollout: Rollout,
         advantage_NPG: np.ndarray,
@@ -165,7 +168,6 @@ class GRPO:
     ) -> list[GRPOBlock]:
         """Cut the step into micro-batches and score them under the frozen policies they need."""
         settings = self.settings
-        frozen = self.reference if state.reference is None else state.reference
         mask_NPGC = length_mask(rollout.length, rollout.tokens.shape[-1])
         if settings.mask_truncated:
             mask_NPGC &= ~rollout.truncated[..., None]
@@ -175,15 +177,15 @@ class GRPO:
             tick("reference")
             part = block.of_tree(tree)
             # On policy the update's own forward gives the old log-probabilities; see `grpo_loss`.
-            old = self.score(state.params, part) if settings.inner_iterations > 1 else None
-            reference = None if frozen is None else self.score(frozen, part)
+            old = self.score(params, part) if settings.inner_iterations > 1 else None
+            ref_logp = None if reference is None else self.score(reference, part)
             batch.append(
                 GRPOBlock(
                     tree=part,
                     advantage_NPG=block.of(advantage_NPG),
                     weight_NPGC=block.of(weight_NPGC),
                     sampler_logp_NPGC=block.of(rollout.logp),
-                    ref_logp_NPGC=reference,
+                    ref_logp_NPGC=ref_logp,
                     old_logp_NPGC=old,
                 )
             )
@@ -235,6 +237,7 @@ def make_grpo(
     layout: Layout,
     reference: Params | None,
     sampler: Layout | None = None,
+    frozen: Params | None = None,
 ) -> GRPO:
     """Build the reinforcement.
 
@@ -246,10 +249,11 @@ def make_grpo(
         seed: of sampling.
         first: steps that were completed before the phase.
         layout: the model without its arrays.
-        reference: frozen parameters; needed if the KL coefficient is not 0, unless the reference
-            follows the policy: then it is part of the state.
+        reference: all parameters of a frozen one; needed if the KL coefficient is not 0, unless
+            the reference follows the policy: then it is part of the state.
         sampler: the model that draws, with the parameters of the one that is trained, where it is
             another, such as one that computes in a lower precision.
+        frozen: parameters that an adapter leaves as they are.
 
     Raises:
         ValueError: micro-batches that the mesh cannot share evenly, or no reference.
@@ -295,7 +299,7 @@ def make_grpo(
         first=first,
         layout=layout,
         optimizer=optimizer,
-        programs=make_programs(loss, layout=layout, optimizer=optimizer),
+        programs=make_programs(loss, layout=layout, optimizer=optimizer, frozen=frozen),
         score=jax.jit(score),
         reference=reference if settings.kl_coefficient else None,
     )

@@ -21,6 +21,7 @@ from jax.sharding import Mesh
 
 from r1re_jax.evaluate import evaluate
 from r1re_jax.policy_files import save_words
+from r1re_jax.policy_source import read_adapted
 from r1re_jax.task.lessons import Source
 from r1re_jax.train import grpo as grpo_phase
 from r1re_jax.train import sft as sft_phase
@@ -35,13 +36,14 @@ from r1re_jax.train.data import (
     open_sets,
     phase_source,
 )
+from r1re_jax.train.hooks import Hooks, Writer
 from r1re_jax.train.optimizer import make_optimizer
 from r1re_jax.train.parity import check_run
 from r1re_jax.train.reference import copied
 from r1re_jax.train.settings import Phase, Settings
 from r1re_jax.train.signals import Stopped
 from r1re_jax.train.start import Start, load_start, policy_of, run_mesh
-from r1re_jax.train.state import TrainState, create_state
+from r1re_jax.train.state import TrainState, create_state, no_adapter
 from r1re_jax.train.update import NonFiniteError, StepResult, completed
 from r1re_jax.train.workdir import (
     check_workdir,
@@ -52,41 +54,6 @@ from r1re_jax.train.workdir import (
     write_json,
     write_text,
 )
-
-
-class Writer(Protocol):
-    """Takes the figures of a step."""
-
-    def write(self, step: int, values: Mapping[str, Any]) -> None:
-        """Record them."""
-
-    def close(self) -> None:
-        """Flush and release."""
-
-
-class Progress(Protocol):
-    """Hears of parts of a run and of life within a step."""
-
-    def phase(self, name: str, *, total: int, done: int = 0) -> None:
-        """A part begins: `total` is its last step, `done` the last completed one."""
-
-    def tick(self, note: str = "") -> None:
-        """Something moved."""
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Hooks:
-    """What a run calls outside.
-
-    Attributes:
-        poll: called often, at places where the run may stop; raises `Stopped` to stop it there.
-        writers: last step that counts (-1: none) -> writers of this run; they drop later steps.
-        progress: shown to people; None shows nothing.
-    """
-
-    poll: Callable[[], None] = lambda: None
-    writers: Callable[[int], Sequence[Writer]] = lambda resume_step: ()
-    progress: Progress | None = None
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -148,13 +115,19 @@ def run_training(
     # Nothing is written before everything has been read: a slip leaves no work directory behind.
     check_workdir(workdir, settings, data=data.sha256)
     newest = newest_step(workdir)
-    start = load_start(settings, mesh=mesh, guides=data.guides, fresh=newest is None)
+    start = load_start(
+        settings,
+        mesh=mesh,
+        guides=data.guides,
+        fresh=newest is None,
+        adapted=read_adapted(Path(workdir)),
+    )
     check_prompts(data, [*sets.values()], encoder=start.policy.encoder, settings=settings)
     if newest is None:
         check_run(settings, data, start)
     workdir = open_workdir(workdir, settings, data=data.sha256)
     if not (workdir / "policy" / "r1re.json").exists():
-        save_words(start.policy, workdir / "policy")
+        save_words(start.policy, workdir / "policy", adapted=start.adapted)
     scores: dict[int, float] = {}
     checkpoints = Checkpoints(workdir, keep=settings.checkpoint.keep, scores=scores)
     try:
@@ -260,6 +233,7 @@ class _Run:
             "limits": settings.training_limits,
             "encoder": start.policy.encoder,
             "layout": start.layout,
+            "frozen": start.frozen,
             "source": phase_source(settings, self.data, phase),
         }
         trainer: Trainer
@@ -285,9 +259,11 @@ class _Run:
         """The policy at the phase's start, kept once; None where no KL term needs just that."""
         if not self.settings.grpo.kl_coefficient or self.settings.grpo.reference.every:
             return None
+        if start.frozen and first == 0:  # the adapter began as nothing: the base is the reference
+            return start.whole(no_adapter(start.layout))
         if step == first:
             keep_reference(self.workdir, state.params, step=first)
-        return load_reference(self.workdir, start.layout, step=first)
+        return start.whole(load_reference(self.workdir, start.layout, step=first))
 
     def _optimizer(self, phase: Phase, start: Start) -> optax.GradientTransformation:
         of = self.settings.sft if phase is Phase.SFT else self.settings.grpo

@@ -148,7 +148,7 @@ def check_run(settings: Settings, data: TrainingData, start: Start) -> Parity | 
     questions = lesson.examples[: ways * math.ceil(QUESTIONS / ways)]
     parity = measure(
         start.layout,
-        start.params,
+        start.whole(start.params),
         Lesson(lesson.guide, questions),
         encoder=start.policy.encoder,
         limits=settings.training_limits,

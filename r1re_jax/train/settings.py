@@ -9,6 +9,7 @@ Values that contradict each other are refused here; types and unknown keys in
 import dataclasses
 import enum
 
+from r1re_jax.model.lora import Lora
 from r1re_jax.model.qwen import Remat
 from r1re_jax.policy import Limits
 from r1re_jax.task.completions import BETWEEN_WORDS
@@ -186,6 +187,7 @@ class Settings:
     Attributes:
         seed: of data order, sampling and random weights.
         model: where the policy comes from.
+        lora: what is trained beside its matrices, in place of all of its parameters.
         tokenizer: folder of the tokenizer; only with `model.preset`.
         mesh: the devices.
         limits: widths of the tree's levels, in training too unless `data.train.limits` says else.
@@ -202,6 +204,7 @@ class Settings:
 
     seed: int = 0
     model: ModelSettings
+    lora: Lora = Lora()
     tokenizer: str = ""
     mesh: MeshSettings = MeshSettings()
     limits: Limits
@@ -230,6 +233,12 @@ class Settings:
             raise ValueError(f"the section triplets is of task={TaskKind.TRIPLETS}; remove it")
         if self.task is not TaskKind.RELATION and self.reward != RewardTotals():
             raise ValueError(f"the section reward is of task={TaskKind.RELATION}; remove it")
+        if self.lora.rank and self.grpo.reference.decay:
+            raise ValueError(
+                f"grpo.reference.decay is {self.grpo.reference.decay} with lora.rank"
+                f" {self.lora.rank}: the mean of two adapters is not that of the policies they"
+                " make. Set it to 0, and the reference becomes the policy every so many steps"
+            )
         name, _, metric = self.checkpoint.best.partition("/")
         known = self.eval_metrics
         if self.checkpoint.best and not (name in self.data.eval and metric in known):

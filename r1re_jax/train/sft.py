@@ -25,7 +25,7 @@ from r1re_jax.train.batch import (
 )
 from r1re_jax.train.optimizer import learning_rate, make_optimizer
 from r1re_jax.train.settings import SFTSettings
-from r1re_jax.train.state import Layout, TrainState
+from r1re_jax.train.state import Layout, Params, TrainState
 from r1re_jax.train.update import Programs, StepResult, compute_gradient, make_programs
 
 
@@ -107,8 +107,9 @@ def make_sft(
     encoder: PromptEncoder,
     source: Source,
     layout: Layout,
+    frozen: Params | None = None,
 ) -> SFT:
-    """Build the warm start.
+    """Build the warm start; `frozen` are the parameters that an adapter leaves as they are.
 
     Raises:
         ValueError: micro-batches that the mesh cannot share evenly.
@@ -127,7 +128,7 @@ def make_sft(
         encoder=encoder,
         source=source,
         optimizer=optimizer,
-        programs=make_programs(loss, layout=layout, optimizer=optimizer),
+        programs=make_programs(loss, layout=layout, optimizer=optimizer, frozen=frozen),
     )
 
 

@@ -8,9 +8,23 @@ from jax.sharding import Mesh
 
 from r1re_jax import sharding
 from r1re_jax.model.config import preset
+from r1re_jax.model.fingerprint import fingerprint
+from r1re_jax.model.lora import adapt
 from r1re_jax.model.qwen import Qwen, abstract_qwen
 from r1re_jax.policy import Policy
 from r1re_jax.policy_files import load_policy, policy_config
+from r1re_jax.policy_source import (
+    ADAPTED,
+    WORDS,
+    Adapted,
+    PolicyError,
+    choose_step,
+    find,
+    is_workdir,
+    lasting,
+    named_params,
+    read_adapted,
+)
 from r1re_jax.task.prompts import PromptEncoder
 from r1re_jax.task.relations import Guide
 from r1re_jax.task.templates import GuideInPrompt
@@ -20,6 +34,7 @@ from r1re_jax.train.state import (
     Layout,
     Params,
     flat_params,
+    fresh_adapter,
     model_layout,
     model_state,
     place_params,
@@ -34,12 +49,21 @@ class Start:
     Attributes:
         policy: tokenizer, encoder, limits, and a model of shapes in place of arrays.
         layout: the model without its arrays, on the mesh.
-        params: the run's own copy, to be donated; None where a checkpoint has later ones.
+        params: the run's own copy of what is trained, to be donated; None where a checkpoint has
+            later ones.
+        frozen: the base's parameters, where an adapter is trained; never donated.
+        adapted: what the adapter belongs to; None where all parameters are trained.
     """
 
     policy: Policy
     layout: Layout
     params: Params | None
+    frozen: Params = dataclasses.field(default_factory=dict)
+    adapted: Adapted | None = None
+
+    def whole(self, params: Params) -> Params:
+        """Return all parameters: the trained ones given, and the frozen ones."""
+        return {**self.frozen, **params}
 
 
 def run_mesh(settings: Settings) -> Mesh:
@@ -53,14 +77,23 @@ def abstract_model(settings: Settings) -> Qwen:
 
     Raises:
         PolicyError: no such policy.
-        ValueError: no such preset, or a config.json of another architecture.
+        ValueError: no such preset, a config.json of another architecture, or targets of LoRA that
+            it cannot adapt.
     """
     path = settings.model.path
     config = policy_config(path) if path else preset(settings.model.preset)
-    return abstract_qwen(config, dtype=settings.model.dtype.value, remat=settings.model.remat)
+    model = abstract_qwen(config, dtype=settings.model.dtype.value, remat=settings.model.remat)
+    return adapt(model, settings.lora) if settings.lora.rank else model
 
 
-def load_start(settings: Settings, *, mesh: Mesh, guides: Sequence[Guide], fresh: bool) -> Start:
+def load_start(
+    settings: Settings,
+    *,
+    mesh: Mesh,
+    guides: Sequence[Guide],
+    fresh: bool,
+    adapted: Adapted | None = None,
+) -> Start:
     """Load or draw the policy that the run starts from.
 
     Args:
@@ -69,13 +102,29 @@ def load_start(settings: Settings, *, mesh: Mesh, guides: Sequence[Guide], fresh
         guides: of the training examples, remembered by exports; those of lessons that are made as
             they are asked for are not known.
         fresh: whether parameters are wanted.
+        adapted: the base that the run's adapter was trained on so far.
 
     Raises:
-        PolicyError: no such policy or tokenizer, or they do not belong together.
+        PolicyError: no such policy or tokenizer, they do not belong together, or the base is not
+            the one that it was.
     """
+    if adapted is not None:  # it may have been moved
+        model = dataclasses.replace(settings.model, path=adapted.base)
+        settings = dataclasses.replace(settings, model=model)
     model = abstract_model(settings)
     layout, params = model_layout(model, mesh), None
-    if settings.model.path:
+    frozen: Params = {}
+    if settings.lora.rank:
+        if adapted is None and not fresh:
+            raise PolicyError(
+                f"there are checkpoints of an adapter, but {WORDS}/{ADAPTED}, which says of which"
+                " base, is missing; put it back"
+            )
+        policy, adapted = _load_base(settings, mesh=mesh, adapted=adapted)
+        frozen = named_params(policy.model)
+        if fresh:
+            params = fresh_adapter(layout, seed=settings.seed)
+    elif settings.model.path:
         policy = load_policy(
             settings.model.path,
             dtype=settings.model.dtype.value,
@@ -100,7 +149,41 @@ def load_start(settings: Settings, *, mesh: Mesh, guides: Sequence[Guide], fresh
         limits=settings.limits,
         guide_sha256={guide.title: guide.sha256 for guide in guides},
     )
-    return Start(policy=policy, layout=layout, params=params)
+    return Start(policy=policy, layout=layout, params=params, frozen=frozen, adapted=adapted)
+
+
+def _load_base(
+    settings: Settings, *, mesh: Mesh, adapted: Adapted | None
+) -> tuple[Policy, Adapted]:
+    """Load what an adapter is trained on, in the type of the forward, and say which it is."""
+    path, dtype = settings.model.path, settings.model.dtype.value
+    if not path:
+        raise PolicyError(
+            f"lora.rank is {settings.lora.rank}, but model.preset starts from random weights, which"
+            " an adapter leaves as they are: give model.path"
+        )
+    where = find(path)
+    if read_adapted(where) is not None:
+        raise PolicyError(
+            f"{path} holds an adapter itself: its weights are merged anew wherever they are loaded,"
+            " to rounding. Export it (run.export), and begin from the export"
+        )
+    step = None if adapted is None else adapted.step
+    if is_workdir(where):
+        step = choose_step(where, step)
+    policy = load_policy(
+        path, dtype=dtype, param_dtype=dtype, remat=settings.model.remat, mesh=mesh, step=step
+    )
+    found = Adapted(
+        base=lasting(path),
+        step=step,
+        dtype=dtype,
+        fingerprint=fingerprint(named_params(policy.model), dtype=dtype),
+        lora=settings.lora,
+    )
+    if adapted is not None:
+        adapted.check(found.fingerprint)
+    return policy, found
 
 
 def _showing(policy: Policy, guide: GuideInPrompt) -> PromptEncoder:
@@ -116,5 +199,5 @@ def _showing(policy: Policy, guide: GuideInPrompt) -> PromptEncoder:
 
 def policy_of(start: Start, params: Params) -> Policy:
     """Return the policy with these parameters; shares their buffers until the next update."""
-    model = nnx.merge(start.layout.graph, model_state(params))
+    model = nnx.merge(start.layout.graph, model_state(start.whole(params)))
     return dataclasses.replace(start.policy, model=model)

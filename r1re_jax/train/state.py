@@ -6,6 +6,7 @@ checkpoints, optimizer states and masks. `model_state` turns it into what `nnx.m
 
 import dataclasses
 import math
+import zlib
 from collections.abc import Mapping
 from typing import Any
 
@@ -17,6 +18,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from r1re_jax import sharding
 from r1re_jax.model.config import ModelConfig
+from r1re_jax.model.lora import UP, is_adapter
 from r1re_jax.model.qwen import Qwen, Remat
 
 Params = dict[str, jax.Array]
@@ -47,24 +49,26 @@ class Layout:
     Attributes:
         graph: of `nnx.split(model)`.
         mesh: where everything lives.
-        shapes: dotted name -> shape and dtype, its sharding with them.
+        shapes: dotted name -> shape and dtype, its sharding with them; of what is trained.
         axes: dotted name -> logical axes; stacked parameters have the layers in front of them.
+        frozen: as `shapes`, of what an adapter leaves as it is; empty where all is trained.
     """
 
     graph: nnx.GraphDef
     mesh: Mesh
     shapes: dict[str, jax.ShapeDtypeStruct]
     axes: dict[str, tuple[str, ...]]
+    frozen: dict[str, jax.ShapeDtypeStruct] = dataclasses.field(default_factory=dict)
 
     @property
     def shardings(self) -> dict[str, NamedSharding]:
-        """Dotted name -> sharding."""
+        """Dotted name -> sharding, of what is trained."""
         return {name: shape.sharding for name, shape in self.shapes.items()}
 
     @property
     def matrices(self) -> dict[str, bool]:
         """Dotted name -> whether it is a matrix, by logical axes: a stacked bias has two too."""
-        return {name: len(axes) > 1 for name, axes in self.axes.items()}
+        return {name: len(self.axes[name]) > 1 for name in self.shapes}
 
     @property
     def replicated(self) -> NamedSharding:
@@ -73,17 +77,23 @@ class Layout:
 
 
 def model_layout(model: Qwen, mesh: Mesh) -> Layout:
-    """Describe a model (its arrays may be abstract) on a mesh."""
+    """Describe a model (its arrays may be abstract) on a mesh.
+
+    Where it has adapters they alone are trained. The rest is held in the type that the forward
+    computes in: it would be cast to that wherever it is used.
+    """
     graph, state = nnx.split(model)
-    shardings = _flat(sharding.parameter_shardings(state, mesh))
-    shapes, axes = {}, {}
-    for name, variable in _flat(state).items():
-        value = variable.get_value()
-        shapes[name] = jax.ShapeDtypeStruct(
-            value.shape, value.dtype, sharding=shardings[name].get_value()
-        )
+    shardings, flat = _flat(sharding.parameter_shardings(state, mesh)), _flat(state)
+    adapted = any(map(is_adapter, flat))
+    shapes, axes, frozen = {}, {}, {}
+    for name, variable in flat.items():
+        value, where = variable.get_value(), shardings[name].get_value()
+        if adapted and not is_adapter(name):
+            frozen[name] = jax.ShapeDtypeStruct(value.shape, model.dtype, sharding=where)
+        else:
+            shapes[name] = jax.ShapeDtypeStruct(value.shape, value.dtype, sharding=where)
         axes[name] = tuple(variable.get_metadata("logical_axes"))
-    return Layout(graph=graph, mesh=mesh, shapes=shapes, axes=axes)
+    return Layout(graph=graph, mesh=mesh, shapes=shapes, axes=axes, frozen=frozen)
 
 
 def random_params(config: ModelConfig, layout: Layout, *, seed: int) -> Params:
@@ -93,6 +103,32 @@ def random_params(config: ModelConfig, layout: Layout, *, seed: int) -> Params:
         return flat_params(nnx.state(Qwen(config, rngs=nnx.Rngs(seed), remat=Remat.NONE)))
 
     return jax.jit(draw, out_shardings=layout.shardings)()
+
+
+def fresh_adapter(layout: Layout, *, seed: int) -> Params:
+    """Draw adapters: A normal of variance 1 / (3 · in), B zero; equal on every mesh.
+
+    So A·B is 0 and the policy its base (arXiv 2106.09685, section 4.1). The variance is that of
+    the uniform draw of the paper's code and of PEFT, so that learning rates known there hold here.
+    """
+
+    def draw(name: str, shape: jax.ShapeDtypeStruct) -> jax.Array:
+        if name.endswith(UP):
+            return jnp.zeros(shape.shape, shape.dtype)
+        # By its name, so that what else is adapted changes no draw.
+        key = jax.random.fold_in(jax.random.key(seed), zlib.crc32(name.encode()))
+        return jax.random.normal(key, shape.shape, shape.dtype) * (3 * shape.shape[-2]) ** -0.5
+
+    def draw_all() -> Params:
+        return {name: draw(name, shape) for name, shape in layout.shapes.items()}
+
+    return jax.jit(draw_all, out_shardings=layout.shardings)()
+
+
+def no_adapter(layout: Layout) -> Params:
+    """Return adapters that are all zero: with them the policy is its base."""
+    zeros = lambda: {n: jnp.zeros(x.shape, x.dtype) for n, x in layout.shapes.items()}  # noqa: E731
+    return jax.jit(zeros, out_shardings=layout.shardings)()
 
 
 def place_params(params: Mapping[str, Any], layout: Layout) -> Params:
@@ -134,9 +170,9 @@ def flat_params(state: nnx.State) -> Params:
 
 
 def parameter_bytes(layout: Layout) -> tuple[int, int]:
-    """Return the bytes of all parameters, and of those on each device."""
+    """Return the bytes of all parameters, frozen ones too, and of those on each device."""
     total = local = 0
-    for shape in layout.shapes.values():
+    for shape in (*layout.shapes.values(), *layout.frozen.values()):
         total += shape.size * shape.dtype.itemsize
         local += math.prod(shape.sharding.shard_shape(shape.shape)) * shape.dtype.itemsize
     return total, local
@@ -145,7 +181,7 @@ def parameter_bytes(layout: Layout) -> tuple[int, int]:
 def parameter_table(layout: Layout) -> str:
     """Return a line per parameter: name, shape, logical and mesh axes, bytes in all, per device."""
     rows = [("parameter", "shape", "axes", "mesh axes", "bytes", "per device")]
-    for name, shape in layout.shapes.items():
+    for name, shape in (layout.frozen | layout.shapes).items():
         size = shape.size * shape.dtype.itemsize
         mine = math.prod(shape.sharding.shard_shape(shape.shape)) * shape.dtype.itemsize
         spec = " ".join(
@@ -154,8 +190,10 @@ def parameter_table(layout: Layout) -> str:
         )
         shown = "×".join(map(str, shape.shape))
         rows.append((name, shown, " ".join(layout.axes[name]), spec, f"{size:,}", f"{mine:,}"))
-    total, local = parameter_bytes(layout)
-    rows.append(("total", "", "", "", f"{total:,}", f"{local:,}"))
+    sums = {"trained": dataclasses.replace(layout, frozen={})} if layout.frozen else {}
+    for what, of in {**sums, "total": layout}.items():
+        total, local = parameter_bytes(of)
+        rows.append((what, "", "", "", f"{total:,}", f"{local:,}"))
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     return "\n".join(
         "  ".join(

@@ -64,20 +64,30 @@ class Programs:
     """The jitted programs of an update; each compiles once for a whole run.
 
     Attributes:
-        gradient: (params, block) -> (gradient, (loss, sums)).
+        frozen: parameters that are not trained, by name.
+        gradient: (params, frozen, block) -> (gradient, (loss, sums)).
         add: (gradient, gradient) -> their sum; the first is donated.
         norm: gradient -> global norm.
         apply: (state, gradient) -> state; the state is donated.
     """
 
+    frozen: Params
     gradient: Callable
     add: Callable
     norm: Callable
     apply: Callable
 
+    def whole(self, params: Params) -> Params:
+        """Return all parameters of the model: the trained ones given, and the frozen ones."""
+        return {**self.frozen, **params}
+
 
 def make_programs(
-    loss: Loss, *, layout: Layout, optimizer: optax.GradientTransformation
+    loss: Loss,
+    *,
+    layout: Layout,
+    optimizer: optax.GradientTransformation,
+    frozen: Params | None = None,
 ) -> Programs:
     """Compile-ready programs for a loss.
 
@@ -86,15 +96,18 @@ def make_programs(
             the loss and sums of the whole step.
         layout: the model without its arrays.
         optimizer: makes the update from the whole gradient.
+        frozen: arrays of `layout.frozen`.
     """
 
-    def of_params(params: Params, block: Any) -> tuple[jax.Array, dict[str, jax.Array]]:
-        return loss(nnx.merge(layout.graph, model_state(params)), block)
+    def of_params(
+        params: Params, frozen: Params, block: Any
+    ) -> tuple[jax.Array, dict[str, jax.Array]]:
+        return loss(nnx.merge(layout.graph, model_state({**frozen, **params})), block)
 
     def gradient(
-        params: Params, block: Any
+        params: Params, frozen: Params, block: Any
     ) -> tuple[Params, tuple[jax.Array, dict[str, jax.Array]]]:
-        value, grads = jax.value_and_grad(of_params, has_aux=True)(params, block)
+        value, grads = jax.value_and_grad(of_params, has_aux=True)(params, frozen, block)
         return grads, value
 
     def apply(state: TrainState, grads: Params) -> TrainState:
@@ -105,6 +118,7 @@ def make_programs(
     # Results keep the arguments' shardings, so that no step is compiled a second time.
     state_shardings = jax.tree.map(lambda x: x.sharding, abstract_state(optimizer, layout))
     return Programs(
+        frozen=frozen or {},
         gradient=jax.jit(gradient, out_shardings=(layout.shardings, layout.replicated)),
         add=jax.jit(
             lambda total, more: jax.tree.map(jnp.add, total, more),
@@ -127,7 +141,7 @@ def compute_gradient(
 
     Args:
         programs: of the loss.
-        params: parameters; only read.
+        params: what is trained; only read.
         micro_batches: blocks of arrays.
         tick: called on the host before every micro-batch; what it raises ends the step.
 
@@ -137,7 +151,7 @@ def compute_gradient(
     total, parts = None, []
     for block in micro_batches:
         tick()
-        grads, part = programs.gradient(params, block)
+        grads, part = programs.gradient(params, programs.frozen, block)
         total = grads if total is None else programs.add(total, grads)
         parts.append(part)
     norm = float(programs.norm(total))

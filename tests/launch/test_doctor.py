@@ -233,3 +233,16 @@ def test_an_error_of_another_kind_is_named_by_its_type(
     results = _examine(_config(inputs, model__parity_tokens=0))
     assert results["versions"].problem == "KeyError: 'jax'"
     assert _statuses(results)["failed"] == ["versions"]
+
+
+def test_an_adapter_is_told_from_its_base(inputs: pathlib.Path) -> None:
+    config = _config(inputs, model__dtype="bfloat16") | {"lora": {"rank": 2}}
+    results = _examine(config)
+    assert _statuses(results)["failed"] == []
+    found = results["parameters"].found
+    assert found["parameters"].endswith(", frozen, and 1,216 of adapters")
+    assert "(bfloat16), and 4,864 and " in found["bytes"]
+    config["model"] = {"preset": "nano"}
+    results = _examine(config | {"tokenizer": str(inputs / "base")})
+    assert _statuses(results)["failed"] == ["policy"]
+    assert "starts from random weights" in results["policy"].problem

@@ -146,3 +146,18 @@ def test_tuples_of_a_config_are_the_lists_that_json_gives_back(tmp_path: pathlib
 def test_config_json_is_json(tmp_path: pathlib.Path) -> None:
     open_workdir(tmp_path, _settings(), data=DATA)
     assert json.loads((tmp_path / "config.json").read_text())["config"]["seed"] == 3
+
+
+def test_keys_that_an_earlier_version_did_not_know_had_their_defaults(
+    tmp_path: pathlib.Path,
+) -> None:
+    open_workdir(tmp_path, _settings(), data=DATA)
+    content = read_config(tmp_path)
+    del content["config"]["lora"], content["config"]["grpo"]["refill"]
+    (tmp_path / "config.json").write_text(json.dumps(content))
+    adapted = {**config(pathlib.Path("/inputs")), "lora": {"rank": 2}}
+    with pytest.raises(WorkdirError, match="lora.rank is 0 there and 2 here"):
+        open_workdir(tmp_path, read_settings(adapted), data=DATA)
+    open_workdir(tmp_path, _settings(), data=DATA)
+    assert read_config(tmp_path)["config"]["lora"]["rank"] == 0
+    assert read_config(tmp_path)["history"] == []

@@ -18,9 +18,11 @@ from r1re_jax.policy_files import save_policy
 from r1re_jax.report.writers import JsonlWriter
 from r1re_jax.task.lessons import DatasetSource
 from r1re_jax.task.readers import write_jsonl
-from r1re_jax.task.relations import Example, parse_tagged
+from r1re_jax.task.relations import Example, Schema, parse_tagged
+from r1re_jax.task.rewards import Verdict, relation_reward
 from r1re_jax.train.config import read_settings
-from r1re_jax.train.loop import Hooks, Outcome, run_training
+from r1re_jax.train.hooks import Hooks
+from r1re_jax.train.loop import Outcome, run_training
 from r1re_jax.train.settings import Settings
 from r1re_jax.train.signals import Stopped
 from r1re_jax.train.state import Layout, flat_params, model_layout
@@ -148,6 +150,12 @@ class StopAt:
         """What the run polls."""
         if self.reached:
             raise Stopped(self.signal)
+
+
+def some_verdict(text: str, example: Example, schema: Schema) -> Verdict:
+    """In place of `relation_reward`: rewards that differ where those of random weights do not."""
+    real = relation_reward(text, example, schema)
+    return dataclasses.replace(real, reward=float(sum(text.encode()) % 7))
 
 
 def metrics(workdir: pathlib.Path) -> list[dict[str, Any]]:

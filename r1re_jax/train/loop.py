@@ -56,6 +56,9 @@ from r1re_jax.train.workdir import (
 )
 
 
+QUIET = Hooks()
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Outcome:
     """How a run ended.
@@ -85,7 +88,7 @@ def run_training(
     settings: Settings,
     workdir: str | os.PathLike,
     *,
-    hooks: Hooks = Hooks(),
+    hooks: Hooks = QUIET,
     mesh: Mesh | None = None,
 ) -> Outcome:
     """Train from the work directory's newest checkpoint, or from the start, to the last step.

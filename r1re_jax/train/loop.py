@@ -55,7 +55,6 @@ from r1re_jax.train.workdir import (
     write_text,
 )
 
-
 QUIET = Hooks()
 
 

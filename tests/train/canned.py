@@ -112,7 +112,7 @@ def phase_of(settings: GRPOSettings, seen: Seen, **more: Any) -> tuple[GRPO, Tra
         },
     )
     add = lambda one, other: jax.tree.map(jnp.add, one, other)  # noqa: E731
-    programs = Programs(gradient=gradient, add=add, norm=lambda grads: 1.0, apply=apply)
+    programs = Programs(gradient=gradient, add=add, norm=lambda grads: 1.0, apply=apply, frozen={})
     state = TrainState(step=jnp.int32(0), params=jax.tree.map(jnp.asarray, params), opt_state=())
     return dataclasses.replace(phase, programs=programs), state
 

@@ -16,7 +16,7 @@ from r1re_jax.model.qwen import abstract_qwen
 from r1re_jax.model.tree import Level, Tree
 from r1re_jax.policy_files import load_policy
 from r1re_jax.policy_source import named_params
-from r1re_jax.train import grpo as grpo_module
+from r1re_jax.task import tasks
 from r1re_jax.train.config import read_settings
 from r1re_jax.train.grpo import make_grpo
 from r1re_jax.train.optimizer import OptimizerSettings, make_optimizer
@@ -48,7 +48,7 @@ SHORT = dataclasses.replace(world.LIMITS, completion=12)
 @pytest.fixture(autouse=True, scope="module")
 def _spread_rewards() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(grpo_module, "relation_reward", some_verdict)
+        patch.setattr(tasks, "relation_reward", some_verdict)
         yield
 
 

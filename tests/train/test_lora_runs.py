@@ -19,7 +19,7 @@ from r1re_jax.model.lora import Lora, is_adapter
 from r1re_jax.policy_files import load_policy, save_adapter, save_policy
 from r1re_jax.policy_source import PolicyError, find, lasting, read_adapted
 from r1re_jax.report.card import model_card
-from r1re_jax.train import grpo as grpo_module
+from r1re_jax.task import tasks
 from r1re_jax.train.config import read_settings
 from r1re_jax.train.settings import Settings
 from r1re_jax.train.start import Start, abstract_model, load_start, policy_of
@@ -49,7 +49,7 @@ QUIET = {"evaluate__samples": 0, "grpo__steps": 0}
 @pytest.fixture(autouse=True, scope="module")
 def _spread_rewards() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(grpo_module, "relation_reward", some_verdict)
+        patch.setattr(tasks, "relation_reward", some_verdict)
         yield
 
 

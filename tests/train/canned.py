@@ -85,7 +85,7 @@ def phase_of(settings: GRPOSettings, seen: Seen, **more: Any) -> tuple[GRPO, Tra
     """A phase whose updates are noted, and a state for it."""
     layout, params = layout_on(mesh_of(1, 1, 1))
 
-    def gradient(params: Any, block: GRPOBlock) -> tuple:
+    def gradient(params: Any, frozen: Any, block: GRPOBlock) -> tuple:
         seen.blocks.append(block)
         names = ("entropy", "ratio", "clip_low", "clip_high", "old_kl", "logp_gap", "sampler_kl")
         names = (*names, "importance", "importance_squared", "sampler_masked")

@@ -18,6 +18,9 @@ import pytest
 from jax.sharding import Mesh
 
 from r1re_jax.task.prompts import PromptEncoder
+from r1re_jax.task.relations import parse_guide
+from r1re_jax.task.tasks import TaskKind
+from r1re_jax.task.triplets.examples import Entity, Triplet, TripletExample
 from r1re_jax.train import grpo as grpo_module
 from r1re_jax.train import loop as loop_module
 from r1re_jax.train import parity as parity_module
@@ -46,14 +49,37 @@ from r1re_jax.train.update import (
 from tests.train import canned, world
 
 STEPS = 4
+EXTRACTION = """# Papers
+
+## Entities
+
+- **Method**: a way to do something.
+- **Task**: what is to be done.
+
+## Relations
+
+- **Used-For(X = means, Y = end)**: X serves Y.
+"""
 
 
 def sets(settings: Settings) -> Any:
     """The sets to evaluate on."""
     return [
-        (one.guide.sha256, [example.tagged for example in one.examples])
-        for one in open_sets(settings.data.eval).values()
+        (one.guide.sha256, [example.question for example in one.examples])
+        for one in open_sets(settings.data.eval, task=settings.task_rules).values()
     ]
+
+
+def verdicts(settings: Settings) -> Any:
+    """What completions of an extraction earn: right, of a wrong triplet, of no sense."""
+    if settings.task is not TaskKind.TRIPLETS:
+        return settings.reward
+    task, guide = settings.task_rules, parse_guide(EXTRACTION, source="papers.md")
+    ends = (Entity("CRF", 0, 3, "Method"), Entity("NER", 10, 13, "Task"))
+    example = TripletExample("p1", "CRF helps NER.", ends, (Triplet(0, 1, "Used-For"),))
+    right = task.completion(example)
+    texts = (right, right.replace('"head": "CRF"', '"head": "NER"'), right + "!")
+    return [task.judge(text, example, task.schema(guide)).reward for text in texts]
 
 
 def digest(value: Any) -> str:
@@ -75,7 +101,7 @@ def sft_steps(settings: Settings) -> Any:
     seen: list[str] = []
     layout, params = world.layout_on(world.one_device_mesh())
 
-    def gradient(params: Any, block: SFTBlock) -> tuple:
+    def gradient(params: Any, frozen: Any, block: SFTBlock) -> tuple:
         seen.append(digest(block))
         sums = {"tokens": np.float32(1), "entropy": np.float32(0)}
         return {"x": jnp.zeros(())}, (np.float32(0), sums)
@@ -89,7 +115,7 @@ def sft_steps(settings: Settings) -> Any:
         layout=layout,
     )
     keep = lambda state, grads: state  # noqa: E731
-    programs = Programs(gradient=gradient, add=add, norm=norm, apply=keep)
+    programs = Programs(frozen={}, gradient=gradient, add=add, norm=norm, apply=keep)
     phase = dataclasses.replace(phase, programs=programs)
     state = TrainState(step=0, params=params, opt_state=())
     for number in range(1, STEPS + 1):
@@ -109,7 +135,6 @@ def grpo_steps(settings: Settings) -> Any:
             encoder=_encoder(settings),
             source=source,
             seed=settings.seed,
-            totals=settings.reward,
             reference={"embed": jnp.zeros((1, 1))},
         )
 
@@ -210,7 +235,8 @@ def _gradient(programs: Programs, parts: list[Any], layout: Layout) -> Gradient:
 def grpo_program(settings: Settings, mesh: Mesh | None = None) -> Any:
     """The text of the gradient's program, on one device unless a mesh is given."""
     phase, block = grpo_phase(settings, mesh or world.one_device_mesh())
-    return phase.programs.gradient.lower(phase.layout.shapes, block).as_text()
+    layout = phase.layout
+    return phase.programs.gradient.lower(layout.shapes, layout.frozen, block).as_text()
 
 
 def meshed_program(settings: Settings) -> Any:
@@ -268,6 +294,7 @@ def around(settings: Settings, workdir: pathlib.Path) -> Any:
 
     def evaluate(policy: Any, examples: Any, guide: Any, **asked: Any) -> dict[str, float]:
         words = (policy.config, len(policy.tokenizer), policy.limits, policy.encoder.template)
+        words = (*words, policy.encoder.task.totals)
         asked = {k: v for k, v in asked.items() if k not in ("out", "mesh") and k[:3] != "on_"}
         heard.append(repr((words, len(examples), guide.title, sorted(asked.items()))))
         return {"accuracy": 1 / (1 + asked["step"]), "mean_reward": 0.0, "greedy_accuracy": 0.0}
@@ -286,7 +313,7 @@ def around(settings: Settings, workdir: pathlib.Path) -> Any:
         patch.setattr(loop_module, "Checkpoints", Saved)
         patch.setattr(loop_module, "evaluate", evaluate)
         patch.setattr(loop_module, "keep_reference", lambda *args, **more: None)
-        patch.setattr(loop_module, "load_reference", lambda *args, **more: None)
+        patch.setattr(loop_module, "load_reference", lambda *args, **more: {})
         patch.setattr(parity_module, "measure", measure)
         patch.setattr(sft_module, "make_sft", lambda *args, source, **more: _Trainer(source))
         patch.setattr(grpo_module, "make_grpo", lambda *args, source, **more: _Trainer(source))

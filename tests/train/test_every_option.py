@@ -66,6 +66,11 @@ OPTIMIZER = {
     **{"learning_rate": 0.5, "warmup": 3, "schedule": "cosine", "clip_norm": 0.5, "eps": 1e-3},
     **{"weight_decay": 0.5, "b1": 0.5, "b2": 0.5, "vector_scale": 2.0},
 }
+EXTRACTS = {"task": "triplets", "data__train": WORLD, "data__extra__more": WORLD}
+EXTRACTS |= {
+    "data__eval__held": {"kind": "miniworld", "options": {"domain": "medical", "count": 3}}
+}
+ADAPTED = {"lora": {"rank": 2}}
 REFERENCE = {"grpo__reference": {"every": 2}}
 
 CASES = {
@@ -119,6 +124,19 @@ CASES = {
     "reward.correct": _one(options.grpo_steps, "reward", {"correct": 2.0}),
     "reward.wrong": _one(options.grpo_steps, "reward", {"wrong": -1.0}),
     "reward.malformed": _one(options.around, "reward", {"malformed": -1.0}, **EVALUATED),
+    "task": _one(options.sets, "task", "triplets", data__eval__held=HELD_WORLD),
+    **{
+        f"triplets.{name}": _one(options.verdicts, "triplets", {name: value}, **EXTRACTS)
+        for name, value in {
+            **{"highest": 2.0, "lowest": -1.0, "malformed": -1.0},
+            **{"entity_weight": 0.5, "triplet_weight": 0.5},
+        }.items()
+    },
+    "lora.rank": _one(options.grpo_program, "lora", {"rank": 3}, **ADAPTED),
+    "lora.alpha": _one(options.grpo_program, "lora", {"alpha": 4.0}, **ADAPTED),
+    "lora.targets": _one(
+        options.grpo_program, "lora", {"targets": r"layers\.up\.weight"}, **ADAPTED
+    ),
     "sft.steps": _one(options.around, "sft.steps", 3),
     "sft.trees": _one(options.sft_steps, "sft.trees", 2),
     "sft.questions": _one(options.sft_steps, "sft.questions", 3),

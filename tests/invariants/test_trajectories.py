@@ -14,9 +14,9 @@ import pytest
 
 from r1re_jax.model.qwen import Remat
 from r1re_jax.rollout.rollout import Rollout, generate
+from r1re_jax.task import tasks
 from r1re_jax.task.lessons import Lesson, Source
 from r1re_jax.task.rewards import Verdict, relation_reward
-from r1re_jax.train import drawing as drawing_module
 from r1re_jax.train.grpo import GRPO, make_grpo
 from r1re_jax.train.grpo_settings import GRPOSettings
 from r1re_jax.train.optimizer import OptimizerSettings
@@ -102,7 +102,7 @@ def _spread_rewards() -> Iterator[None]:
         return dataclasses.replace(real, reward=float(sum(text.encode()) % 7))
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(drawing_module, "relation_reward", judge)
+        patch.setattr(tasks, "relation_reward", judge)
         yield
 
 

@@ -1,9 +1,13 @@
 """Triplet extraction on miniworld: whole sentences, all their entities and relations, as JSON.
 
-The base policy has seen marked pairs alone, so that SFT teaches the form of an answer first.
+The base policy has seen marked pairs alone, so that SFT teaches the form of an answer first. This
+recipe shows the task from end to end; the policy is too small to get good at it in that time.
 
 command:   python -m run.train --config=configs/miniworld_triplets.py --workdir=runs/triplets
 hardware:  2 CPU cores
+time:      25 minutes beside other work
+score:     after SFT 55 % well formed in domain, greedy, and no entity right; GRPO raises the reward of
+           its completions from -1.5 to -0.5, by the format and by saying nothing (one seed)
 """
 
 from ml_collections import ConfigDict

@@ -213,7 +213,9 @@ def _lora(given: Mapping[str, Any]) -> str:
     if not given.get("rank"):
         return ""
     shape = f"rank {given['rank']}, alpha {given.get('alpha', 0):g}"
-    return f"{shape}, merged; adapted are {code(given.get('targets', ''))}"
+    # No table, where a bar would have to be escaped.
+    targets = code(given.get("targets", "")).replace("\\|", "|")
+    return f"{shape}, merged; adapted are {targets}"
 
 
 def _data(history: History) -> list[str]:

@@ -17,6 +17,7 @@ from r1re_jax.rollout.rollout import Rollout, generate
 from r1re_jax.task import tasks
 from r1re_jax.task.lessons import Lesson, Source
 from r1re_jax.task.rewards import Verdict, relation_reward
+from r1re_jax.train import drawing as drawing_module
 from r1re_jax.train.grpo import GRPO, make_grpo
 from r1re_jax.train.grpo_settings import GRPOSettings
 from r1re_jax.train.optimizer import OptimizerSettings

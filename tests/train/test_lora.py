@@ -114,7 +114,7 @@ def test_adapters_lie_as_their_matrices_do_and_ranks_are_whole() -> None:
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_a_run_begins_as_its_base_bit_by_bit(inputs: pathlib.Path, dtype: str) -> None:
     values = world.config(inputs, model__dtype=dtype) | {"lora": vars(LORA)}
-    start = load_start(read_settings(values), mesh=one_device_mesh(), guide=None, fresh=True)
+    start = load_start(read_settings(values), mesh=one_device_mesh(), guides=(), fresh=True)
     assert {str(x.dtype) for x in start.frozen.values()} == {dtype}
     assert {str(x.dtype) for x in start.params.values()} == {"float32"}
     rows = [[1, 2, 3, 4, 5], [6]]

@@ -75,7 +75,7 @@ def whole(inputs: pathlib.Path, tmp_path_factory: pytest.TempPathFactory) -> pat
 
 
 def _start(settings: Settings) -> Start:
-    return load_start(settings, mesh=one_device_mesh(), guide=None, fresh=True)
+    return load_start(settings, mesh=one_device_mesh(), guides=(), fresh=True)
 
 
 def _saved(workdir: pathlib.Path, place: str) -> Mapping[str, np.ndarray]:
@@ -159,7 +159,7 @@ def test_an_export_is_the_merged_policy_to_others_too(
     transformers = pytest.importorskip("transformers")
     policy = load_policy(whole, step=4)
     card = model_card(policy, whole, name="tiny", step=4)
-    assert "- **LoRA**: rank 2, alpha 8, merged; adapted are `layers\\.(query" in card
+    assert "- **LoRA**: rank 2, alpha 8, merged; adapted are `layers\\.(query|key|" in card
     save_policy(policy, tmp_path / "out", card=card)
     rows = [[1, 2, 3, 4, 5, 6, 7]]
     network = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out")

@@ -6,8 +6,8 @@ recipe shows the task from end to end; the policy is too small to get good at it
 command:   python -m run.train --config=configs/miniworld_triplets.py --workdir=runs/triplets
 hardware:  2 CPU cores
 time:      25 minutes beside other work
-score:     after SFT 55 % well formed in domain, greedy, and no entity right; GRPO raises the reward of
-           its completions from -1.5 to -0.5, by the format and by saying nothing (one seed)
+score:     after SFT 55 % well formed in domain, greedy, and no entity right; GRPO raises the reward
+           of its completions from -1.5 to -0.5, by the format and by saying nothing (one seed)
 """
 
 from ml_collections import ConfigDict

@@ -217,7 +217,8 @@ def _source(inputs: pathlib.Path, **changes: Any) -> SourceSettings:
 
 def test_sources_follow_the_task(inputs: pathlib.Path) -> None:
     data = open_training(_source(inputs), seed=0, task=TRIPLETS)
-    assert list(data.examples) == examples(8)
+    (known,) = data.known
+    assert list(known.examples) == examples(8)
     drawn = open_training(
         SourceSettings(kind=DataKind.MINIWORLD, options={}), seed=4, task=TRIPLETS
     )

@@ -3,7 +3,9 @@
 command:   python -m run.fetch smollm2-135m
            R1RE_DATA=FOLDER python -m run.train --config=configs/smollm2_semeval.py --workdir=W
 data:      FOLDER/semeval2010/{train,test}.jsonl, or the official TXT files, as in semeval_nano.py
-hardware:  2 CPU cores, 12 GiB of memory
+hardware:  2 CPU cores, 12 GiB of memory (9.1 GiB were used)
+time:      beside tests a GRPO step took 83 s: 16 s of rollout, 12 s of reference, 55 s of update
+score:     not run to the end; docs/results/smollm2_semeval has a short run
 """
 
 from ml_collections import ConfigDict

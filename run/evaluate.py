@@ -11,7 +11,7 @@ import contextlib
 import dataclasses
 import sys
 
-from absl import app, flags
+from absl import app, flags, logging
 from rich.console import Console
 
 from r1re_jax.evaluate import evaluate
@@ -47,6 +47,7 @@ LIMITS = [
 
 def main(argv: list[str]) -> None:
     """Read the data before the model is loaded, so that bad input costs nothing."""
+    logging.set_verbosity(logging.WARNING)  # Orbax tells of every read in a dozen lines
     if len(argv) > 1:
         raise app.UsageError(f"unexpected arguments {argv[1:]}")
     try:

@@ -12,7 +12,7 @@ where the run scored them, else the newest. Nothing is overwritten.
 import pathlib
 import sys
 
-from absl import app, flags
+from absl import app, flags, logging
 
 from r1re_jax.launch.hub import check_push, push
 from r1re_jax.policy_files import load_policy, save_adapter, save_policy
@@ -64,6 +64,7 @@ def export(out: pathlib.Path) -> None:
 
 def main(argv: list[str]) -> None:
     """Export as the flags say."""
+    logging.set_verbosity(logging.WARNING)  # Orbax tells of every read in a dozen lines
     if len(argv) > 1:
         raise app.UsageError(f"unexpected arguments {argv[1:]}")
     try:

@@ -14,7 +14,7 @@ import json
 import sys
 from collections.abc import Iterator, Sequence
 
-from absl import app, flags
+from absl import app, flags, logging
 
 from r1re_jax.annotate import extract
 from r1re_jax.policy_files import load_policy
@@ -48,6 +48,7 @@ def asked(texts: Sequence[str], task: Task) -> Iterator[AnyExample]:
 
 def main(argv: list[str]) -> None:
     """Read every text before the model is loaded, so that bad input costs nothing."""
+    logging.set_verbosity(logging.WARNING)  # Orbax tells of every read in a dozen lines
     if len(argv) < 2:
         raise app.UsageError('give a text with <e1>…</e1> and <e2>…</e2>, or "-" to read lines')
     try:

@@ -17,6 +17,8 @@ from r1re_jax.model.config import Family, ModelConfig
 # Super-blocks of 256 numbers that the package reads and cannot write: bytes, where in them stand
 # the half-precision scales, and how large these are for weights of 0.1 or so.
 RAW_KINDS = {
+    Kind.Q2_K: (84, (80, 82), 5e-3),
+    Kind.Q3_K: (110, (108,), 2e-3),
     Kind.Q4_K: (144, (0, 2), 3e-4),
     Kind.Q5_K: (176, (0, 2), 1.5e-4),
     Kind.Q6_K: (210, (208,), 4e-5),

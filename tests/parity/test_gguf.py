@@ -109,7 +109,7 @@ def test_every_family(name: str, kind: Kind, tmp_path: Path) -> None:
     "kind",
     [
         *(Kind.F32, Kind.BF16, Kind.Q4_0, Kind.Q4_1, Kind.Q5_0, Kind.Q5_1),
-        *(Kind.Q4_K, Kind.Q5_K, Kind.Q6_K),
+        *(Kind.Q2_K, Kind.Q3_K, Kind.Q4_K, Kind.Q5_K, Kind.Q6_K),
     ],
     ids=lambda kind: kind.name,
 )

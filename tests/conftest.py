@@ -60,6 +60,17 @@ def _seeds() -> None:
     np.random.seed(0)
 
 
+@pytest.fixture(autouse=True, scope="module")
+def _forget_programs() -> Generator[None]:
+    """Lets go of the programs that a file of tests compiled.
+
+    Each holds some memory maps; all of the suite's together would be more than Linux allows a
+    process (vm.max_map_count, 65,530), and the compiler aborts.
+    """
+    yield
+    jax.clear_caches()
+
+
 @pytest.fixture(scope="session")
 def shared() -> pathlib.Path:
     """The folder of real data beside the repository; R1RE_SHARED names another one."""

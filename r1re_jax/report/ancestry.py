@@ -9,7 +9,7 @@ from typing import Any
 
 from r1re_jax.model.gguf_file import open_gguf
 from r1re_jax.policy_files import CARD, RECIPE
-from r1re_jax.policy_source import BASE, CHECKPOINTS, WORDS, PolicyError, find
+from r1re_jax.policy_source import BASE, PolicyError, find, is_workdir
 from r1re_jax.published import PUBLISHED
 from r1re_jax.report.history import read_json, section
 
@@ -55,11 +55,6 @@ class Licence:
         return f"{text} ({', '.join(further)})" if further else text
 
 
-def is_run(where: Path) -> bool:
-    """Whether a folder is a work directory."""
-    return (where / CHECKPOINTS).is_dir() or (where / WORDS).is_dir()
-
-
 def ancestors(source: str | os.PathLike) -> list[Ancestor]:
     """Return what a policy comes from, the nearest first, as far as it is known.
 
@@ -69,7 +64,7 @@ def ancestors(source: str | os.PathLike) -> list[Ancestor]:
     name, found = os.fspath(source), []
     for depth in range(LONGEST):
         where = _place(name)
-        if where is None or not is_run(where):
+        if where is None or not is_workdir(where):
             return [*found, _ancestor(name, where)]
         if depth:
             found.append(Ancestor(name=f"run {where.absolute().name}"))

@@ -18,8 +18,8 @@ from flax import nnx
 
 from r1re_jax.policy import Policy
 from r1re_jax.policy_files import RECIPE
-from r1re_jax.policy_source import PolicyError, choose_step, find
-from r1re_jax.report.ancestry import Ancestor, Licence, ancestors, is_run, licence_of
+from r1re_jax.policy_source import PolicyError, choose_step, find, is_workdir
+from r1re_jax.report.ancestry import Ancestor, Licence, ancestors, licence_of
 from r1re_jax.report.history import History, is_number, read_history, section
 from r1re_jax.report.summary import TRIPLET_COLUMNS, figure
 from r1re_jax.task.readers import HUB_SEMEVAL2010
@@ -69,7 +69,7 @@ def exported_step(source: str | os.PathLike, step: int | None) -> int | None:
         PolicyError: no such policy, or no such step.
     """
     where = find(source)
-    if is_run(where):
+    if is_workdir(where):
         return choose_step(where, step)
     if step is not None:
         raise PolicyError(f"{where} is no work directory, so it has no step {step}")
@@ -105,7 +105,7 @@ def model_card(
     )
     environment.filters |= {"words": escaped, "code": code, "python": repr, "shell": shlex.quote}
     where = find(source)
-    history = _history(source) if is_run(where) else None
+    history = _history(source) if is_workdir(where) else None
     chain = ancestors(source)
     found = licence_of(licence, chain)
     phases = {} if history is None else _phases(history, step)
@@ -113,9 +113,9 @@ def model_card(
     return environment.from_string(text).render(
         front_matter=_front_matter(history, chain, found, phases),
         name=name,
-        annotates=is_run(where) or (where / RECIPE).is_file(),
+        annotates=is_workdir(where) or (where / RECIPE).is_file(),
         run=history is not None,
-        origin=None if is_run(where) else chain[0].name,
+        origin=None if is_workdir(where) else chain[0].name,
         facts=_facts(policy, history, chain, step, dtype),
         phases=phases,
         totals={key: _signed(value) for key, value in _totals(policy, history).items()},

@@ -3,11 +3,12 @@
 import dataclasses
 import enum
 import random
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, TypeVar
 
 from r1re_jax.task.lessons import Lesson
 from r1re_jax.task.miniworld import domains, words
+from r1re_jax.task.miniworld.domains import Domain
 from r1re_jax.task.miniworld.text import (
     quoting_example,
     quoting_guide,
@@ -17,6 +18,7 @@ from r1re_jax.task.miniworld.text import (
 )
 from r1re_jax.task.relations import Example, Guide
 
+Written = TypeVar("Written")
 QUOTED_WORDS = 20
 GENERAL_RELATIONS = len(domains.general().relations)
 
@@ -65,6 +67,39 @@ class Stage:
             raise ValueError(
                 f"a stage needs kinds and 2 <= fewest <= most <= {GENERAL_RELATIONS}, found {self}"
             )
+
+    def write(
+        self,
+        one: Callable[..., Written],
+        domain: Domain,
+        rng: random.Random,
+        *,
+        name: str,
+        questions: int,
+    ) -> tuple[Written, ...]:
+        """Write a lesson's examples.
+
+        Args:
+            one: `write_example` or its counterpart of another task.
+            domain: of the lesson.
+            rng: source of all choices.
+            name: of the lesson; what the examples' ids begin with.
+            questions: P.
+        """
+        strange = domains.strangers(domain, rng, relations=2, spelled=self.spelled)
+        return tuple(
+            one(
+                domain,
+                rng,
+                identity=f"{name}-{i}",
+                distractors=self.distractors,
+                none_share=self.none_share,
+                plain=self.plain,
+                strange=strange,
+                split="train",
+            )
+            for i in range(questions)
+        )
 
 
 # All kinds of lessons at the size and difficulty of the held-out sets.

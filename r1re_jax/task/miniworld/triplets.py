@@ -56,19 +56,8 @@ class TripletWorldSource:
     def _lesson(self, rng: random.Random, stage: Stage, name: str) -> Lesson:
         kind, count = rng.choice(stage.kinds), rng.randint(stage.fewest, stage.most)
         domain = draw_domain(rng, kind, count, none=False, spelled=stage.spelled, short=stage.short)
-        strange = domains.strangers(domain, rng, relations=2, spelled=stage.spelled)
-        examples = tuple(
-            write_triplet_example(
-                domain,
-                rng,
-                identity=f"{name}-{i}",
-                distractors=stage.distractors,
-                none_share=stage.none_share,
-                plain=stage.plain,
-                strange=strange,
-                split="train",
-            )
-            for i in range(self.questions)
+        examples = stage.write(
+            write_triplet_example, domain, rng, name=name, questions=self.questions
         )
         return Lesson(write_triplet_guide(domain), examples)
 

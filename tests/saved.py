@@ -10,7 +10,8 @@ from flax import nnx
 
 from r1re_jax.policy import Policy
 from r1re_jax.policy_files import save_words
-from r1re_jax.task.prompts import PromptEncoder, PromptTemplate
+from r1re_jax.task.prompts import PromptEncoder
+from r1re_jax.task.templates import PromptTemplate
 from tests.tiny import tiny_guide, tiny_policy, tiny_tokenizer
 
 

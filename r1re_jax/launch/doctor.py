@@ -21,6 +21,7 @@ from rich.table import Table
 from rich.text import Text
 
 from r1re_jax.policy import Limits
+from r1re_jax.task.completions import Taught
 from r1re_jax.task.lessons import Lesson
 from r1re_jax.task.prompts import PromptEncoder
 from r1re_jax.train.batch import blocks, check_batches
@@ -283,15 +284,13 @@ def _prompts(
     facts: dict[str, str] = {}
     for phase in settings.phases:
         # Of SFT alone the completions are known.
-        words = settings.sft.between_words if phase is Phase.SFT else None
+        taught = settings.sft.taught if phase is Phase.SFT else None
         lessons = _lessons(settings, data, phase)
         for lesson in lessons if not data.complete else ():
             check_levels(lesson.guide, lesson.examples, encoder=encoder, limits=limits)
-            if words is not None:
-                check_completions(
-                    lesson.examples, encoder=encoder, limits=limits, between_words=words
-                )
-        facts[f"{phase} longest"] = _longest(lessons, encoder, limits, between_words=words)
+            if taught is not None:
+                check_completions(lesson.examples, encoder=encoder, limits=limits, taught=taught)
+        facts[f"{phase} longest"] = _longest(lessons, encoder, limits, taught=taught)
     for name, one in sets.items():
         lessons = [Lesson(one.guide, one.examples)]
         facts[f"{name} longest"] = _longest(lessons, encoder, settings.limits)
@@ -314,7 +313,7 @@ def _longest(
     encoder: PromptEncoder,
     limits: Limits,
     *,
-    between_words: int | None = None,
+    taught: Taught | None = None,
 ) -> str:
     """Say how long the longest row of each level is, and how long it may be."""
     examples = [example for lesson in lessons for example in lesson.examples]
@@ -322,9 +321,9 @@ def _longest(
         "guide": [len(encoder.guide_tokens(lesson.guide)) for lesson in lessons],
         "question": [len(encoder.question_tokens(example)) for example in examples],
     }
-    if between_words is not None:
+    if taught is not None:
         make = encoder.task.completion
-        texts = [make(example, between_words=between_words) for example in examples]
+        texts = [make(example, taught=taught) for example in examples]
         lengths["completion"] = [len(encoder.completion_tokens(text)) for text in texts]
     return ", ".join(
         f"{level} {max(found, default=0)} of {getattr(limits, level)}"

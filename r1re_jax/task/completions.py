@@ -1,24 +1,45 @@
-"""The completion that a supervised warm start of pair classification teaches."""
+"""The completion that a supervised warm start teaches: thoughts, and the right answer."""
 
+import enum
 import re
+from collections.abc import Callable
+from dataclasses import dataclass
 
 from r1re_jax.task.relations import RESERVED_TAGS, DataError, Example
 from r1re_jax.task.rewards import ANSWER_CLOSE, ANSWER_OPEN, THINK_CLOSE, THINK_OPEN
 
 NO_REASONING = "-"
-BETWEEN_WORDS = 12
 
 
-def sft_completion(
-    example: Example, *, reasoning: bool = True, between_words: int = BETWEEN_WORDS
-) -> str:
-    """The completion that a supervised warm start teaches.
+class Thoughts(enum.StrEnum):
+    """What stands for thoughts in a completion to learn."""
+
+    GIVEN = "given"  # the example's own reasoning, or a made-up one where it has none
+    NONE = "none"  # a dash, since blank thoughts are malformed: the answer alone is taught
+
+
+@dataclass(frozen=True, kw_only=True)
+class Taught:
+    """What a completion to learn holds beside the answer.
+
+    Attributes:
+      thoughts: which.
+      between_words: a made-up thought quotes at most so many of the words between two mentions.
+    """
+
+    thoughts: Thoughts = Thoughts.GIVEN
+    between_words: int = 12
+
+
+TAUGHT = Taught()
+
+
+def sft_completion(example: Example, *, taught: Taught = TAUGHT) -> str:
+    """The completion of a marked pair.
 
     Args:
       example: an example with a label.
-      reasoning: the example's own reasoning, or `plain_reasoning` where it has none; False teaches
-        the bare format, with a dash for a thought (blank thoughts are malformed).
-      between_words: of `plain_reasoning`.
+      taught: what its thoughts are; made up by `plain_reasoning`.
 
     Returns:
       `<think>…</think><answer>label</answer>`.
@@ -28,22 +49,39 @@ def sft_completion(
     """
     if not example.label:
         raise DataError(f"example {example.id} has no label; a completion to learn from needs one")
+    make = lambda: plain_reasoning(example, between_words=taught.between_words)  # noqa: E731
+    return completion(
+        example.label, id=example.id, reasoning=example.reasoning, make=make, taught=taught
+    )
+
+
+def completion(
+    answer: str, *, id: str, reasoning: str | None, make: Callable[[], str], taught: Taught
+) -> str:
+    """Thoughts and an answer, whatever the task.
+
+    Args:
+      answer: what stands between the answer tags.
+      id: of the example, for messages.
+      reasoning: the example's own; None where it has none.
+      make: makes up a thought.
+      taught: which of them is used.
+
+    Raises:
+      DataError: thoughts that are blank or hold a tag.
+    """
     thoughts = NO_REASONING
-    if reasoning:
-        thoughts = (
-            plain_reasoning(example, between_words=between_words)
-            if example.reasoning is None
-            else example.reasoning.strip()
-        )
+    if taught.thoughts is Thoughts.GIVEN:
+        thoughts = make() if reasoning is None else reasoning.strip()
     if not thoughts or any(tag in thoughts for tag in RESERVED_TAGS):
         raise DataError(
-            f"the reasoning of example {example.id} must neither be blank nor hold "
+            f"the reasoning of example {id} must neither be blank nor hold "
             f"{' '.join(RESERVED_TAGS)}, found {thoughts!r}"
         )
-    return f"{THINK_OPEN}{thoughts}{THINK_CLOSE}{ANSWER_OPEN}{example.label}{ANSWER_CLOSE}"
+    return f"{THINK_OPEN}{thoughts}{THINK_CLOSE}{ANSWER_OPEN}{answer}{ANSWER_CLOSE}"
 
 
-def plain_reasoning(example: Example, *, between_words: int = BETWEEN_WORDS) -> str:
+def plain_reasoning(example: Example, *, between_words: int = TAUGHT.between_words) -> str:
     """A short thought where none is given: the words between the mentions, and the label's line.
 
     Args:

@@ -20,28 +20,13 @@ import re
 from collections.abc import Iterable, Sequence
 from typing import Any, Protocol
 
-from r1re_jax.task.completions import BETWEEN_WORDS, NO_REASONING, plain_reasoning, sft_completion
 from r1re_jax.task.relations import Guide
 from r1re_jax.task.tasks import RELATION, AnyExample, Task
 from r1re_jax.task.templates import (
-    DEFAULT_TEMPLATE,
     GuideInPrompt,
     PromptError,
     PromptTemplate,
 )
-
-__all__ = [
-    "BETWEEN_WORDS",
-    "DEFAULT_TEMPLATE",
-    "NO_REASONING",
-    "PLAIN",
-    "ChatTokenizer",
-    "PromptEncoder",
-    "PromptError",
-    "PromptTemplate",
-    "plain_reasoning",
-    "sft_completion",
-]
 
 # How a base model is asked, whose tokenizer has no chat template: the words alone.
 PLAIN = (

@@ -11,7 +11,7 @@ import os
 from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 
-from r1re_jax.task.completions import BETWEEN_WORDS, sft_completion
+from r1re_jax.task.completions import TAUGHT, Taught, sft_completion
 from r1re_jax.task.metrics import summarise
 from r1re_jax.task.readers import read_jsonl
 from r1re_jax.task.relations import Example, Guide, Schema, TripletSchema, parse_tagged
@@ -109,7 +109,7 @@ class Task(Protocol):
         """Raises DataError where the gold answer is none of the schema."""
         ...
 
-    def completion(self, example: AnyExample, *, between_words: int = BETWEEN_WORDS) -> str:
+    def completion(self, example: AnyExample, *, taught: Taught = TAUGHT) -> str:
         """The completion that a supervised warm start teaches."""
         ...
 
@@ -161,9 +161,9 @@ class RelationTask:
         for label in example.gold:
             schema.check_label(label)
 
-    def completion(self, example: Example, *, between_words: int = BETWEEN_WORDS) -> str:
+    def completion(self, example: Example, *, taught: Taught = TAUGHT) -> str:
         """See `r1re_jax.task.completions.sft_completion`."""
-        return sft_completion(example, between_words=between_words)
+        return sft_completion(example, taught=taught)
 
     def judge(self, text: str, example: Example, schema: Schema) -> Verdict:
         """See `r1re_jax.task.rewards.relation_reward`."""
@@ -218,9 +218,9 @@ class TripletTask:
         """Every type and relation must be one of the guide."""
         check_gold(example, schema)
 
-    def completion(self, example: TripletExample, *, between_words: int = BETWEEN_WORDS) -> str:
+    def completion(self, example: TripletExample, *, taught: Taught = TAUGHT) -> str:
         """See `r1re_jax.task.triplets.completions.triplet_completion`."""
-        return triplet_completion(example, between_words=between_words)
+        return triplet_completion(example, taught=taught)
 
     def judge(self, text: str, example: TripletExample, schema: TripletSchema) -> TripletVerdict:
         """See `r1re_jax.task.triplets.rewards.triplet_reward`."""

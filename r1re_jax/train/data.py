@@ -10,6 +10,7 @@ from typing import Any
 from r1re_jax.model.tree import pad_level
 from r1re_jax.policy import Limits
 from r1re_jax.task import miniworld
+from r1re_jax.task.completions import Taught
 from r1re_jax.task.lessons import DatasetSource, Lesson, MixedSource, Source
 from r1re_jax.task.prompts import PromptEncoder
 from r1re_jax.task.readers import (
@@ -212,7 +213,7 @@ def check_prompts(
                 lesson.examples,
                 encoder=encoder,
                 limits=limits,
-                between_words=settings.sft.between_words,
+                taught=settings.sft.taught,
             )
     for one in sets:
         check_levels(one.guide, one.examples, encoder=encoder, limits=settings.limits)
@@ -236,12 +237,12 @@ def check_completions(
     *,
     encoder: PromptEncoder,
     limits: Limits,
-    between_words: int,
+    taught: Taught,
 ) -> None:
     """Refuse completions of the supervised warm start that are longer than their limit."""
     pad_level(
         [
-            encoder.completion_tokens(encoder.task.completion(example, between_words=between_words))
+            encoder.completion_tokens(encoder.task.completion(example, taught=taught))
             for example in examples
         ],
         limit=limits.completion,

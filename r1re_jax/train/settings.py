@@ -12,7 +12,7 @@ import enum
 from r1re_jax.model.lora import Lora
 from r1re_jax.model.qwen import Remat
 from r1re_jax.policy import Limits
-from r1re_jax.task.completions import BETWEEN_WORDS
+from r1re_jax.task.completions import TAUGHT, Taught, Thoughts
 from r1re_jax.task.rewards import RewardTotals
 from r1re_jax.task.tasks import Task, TaskKind, make_task
 from r1re_jax.task.triplets.rewards import TripletTotals
@@ -90,6 +90,7 @@ class SFTSettings:
             does not depend on it.
         cycle: lessons repeat after this many steps; 0 for never. For where few examples come with
             a completion to learn: cycle · trees · questions of them are used, again and again.
+        thoughts: of the completions to learn; none teaches the answer alone.
         between_words: where an example comes without reasoning, a thought is made that quotes at
             most so many of the words between its mentions.
         optimizer: see `OptimizerSettings`.
@@ -100,7 +101,8 @@ class SFTSettings:
     questions: int = 16
     micro_batch: int = 0
     cycle: int = 0
-    between_words: int = BETWEEN_WORDS
+    thoughts: Thoughts = TAUGHT.thoughts
+    between_words: int = TAUGHT.between_words
     optimizer: OptimizerSettings = flat(OptimizerSettings(learning_rate=5e-6))
 
     def __post_init__(self) -> None:
@@ -109,6 +111,11 @@ class SFTSettings:
         at_least(self, 1, "trees", "questions", "between_words")
         check_batch(self.trees, self.questions, self.micro_batch)
         object.__setattr__(self, "optimizer", self.optimizer.resolved(self.steps))
+
+    @property
+    def taught(self) -> Taught:
+        """What completions to learn hold beside the answer."""
+        return Taught(thoughts=self.thoughts, between_words=self.between_words)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

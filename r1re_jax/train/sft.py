@@ -13,6 +13,7 @@ from r1re_jax.model.qwen import Qwen
 from r1re_jax.model.tree import Tree
 from r1re_jax.policy import Limits
 from r1re_jax.rl.scoring import completion_logp
+from r1re_jax.task.completions import Taught
 from r1re_jax.task.lessons import Lesson, Source
 from r1re_jax.task.prompts import PromptEncoder
 from r1re_jax.train.batch import (
@@ -73,9 +74,7 @@ class SFT:
         began = time.perf_counter()
         cycle = self.settings.cycle or number
         lessons = self.source.lessons((number - 1) % cycle)
-        tree = sft_tree(
-            lessons, self.encoder, self.limits, between_words=self.settings.between_words
-        )
+        tree = sft_tree(lessons, self.encoder, self.limits, taught=self.settings.taught)
         gradient = compute_gradient(
             self.programs, state.params, self._blocks(tree), tick=lambda: tick("update")
         )
@@ -143,7 +142,7 @@ def sft_loss(model: Qwen, block: SFTBlock) -> tuple[jax.Array, dict[str, jax.Arr
 
 
 def sft_tree(
-    lessons: Sequence[Lesson], encoder: PromptEncoder, limits: Limits, *, between_words: int
+    lessons: Sequence[Lesson], encoder: PromptEncoder, limits: Limits, *, taught: Taught
 ) -> Tree:
     """Encode lessons with the completions to learn, one for each question: G = 1.
 
@@ -151,10 +150,7 @@ def sft_tree(
         LimitError: something is too long; the message counts and names.
     """
     texts = [
-        [
-            encoder.task.completion(example, between_words=between_words)
-            for example in lesson.examples
-        ]
+        [encoder.task.completion(example, taught=taught) for example in lesson.examples]
         for lesson in lessons
     ]
     completion = completion_level(texts, encoder, limits, names=example_names(lessons))

@@ -10,10 +10,10 @@ from typing import Any
 import pytest
 
 from r1re_jax.task import miniworld
+from r1re_jax.task.completions import sft_completion
 from r1re_jax.task.lessons import Lesson
 from r1re_jax.task.miniworld import domains, words
 from r1re_jax.task.miniworld.text import shuffle_definitions, write_example, write_guide
-from r1re_jax.task.prompts import sft_completion
 from r1re_jax.task.relations import Example, Guide, parse_guide
 from r1re_jax.task.rewards import relation_reward
 from tests.medical import medical_words_in

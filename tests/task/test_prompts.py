@@ -11,18 +11,17 @@ from hypothesis import strategies as st
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-from r1re_jax.task.prompts import (
-    DEFAULT_TEMPLATE,
-    GuideInPrompt,
-    PromptEncoder,
-    PromptError,
-    PromptTemplate,
-    plain_reasoning,
-    sft_completion,
-)
+from r1re_jax.task.completions import Taught, Thoughts, plain_reasoning, sft_completion
+from r1re_jax.task.prompts import PromptEncoder
 from r1re_jax.task.readers import packaged_guide, read_jsonl
 from r1re_jax.task.relations import DataError, Example, load_guide, parse_guide, parse_tagged
 from r1re_jax.task.rewards import parse_completion
+from r1re_jax.task.templates import (
+    DEFAULT_TEMPLATE,
+    GuideInPrompt,
+    PromptError,
+    PromptTemplate,
+)
 
 CHATML = (
     "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
@@ -299,7 +298,7 @@ def test_completions_to_learn_from_are_right(encoder: PromptEncoder) -> None:
     reasoned = dataclasses.replace(CAT, reasoning=" It sits.\n")
     assert sft_completion(reasoned) == "<think>It sits.</think><answer>R(e1,e2)</answer>"
     for example in (CAT, reasoned):
-        bare = sft_completion(example, reasoning=False)
+        bare = sft_completion(example, taught=Taught(thoughts=Thoughts.NONE))
         assert bare == "<think>-</think><answer>R(e1,e2)</answer>"
         for text in (sft_completion(example), bare):
             assert parse_completion(text, GUIDE.schema).predicted == "R(e1,e2)"
@@ -312,7 +311,7 @@ def test_plain_reasoning_is_short() -> None:
     long = parse_tagged(f"<e1>a</e1>{' w' * 40} <e2>b</e2>", label="R(e2,e1)")
     assert plain_reasoning(long) == f"Cue:{' w' * 12} ...\n- **R**"
     assert plain_reasoning(long, between_words=2) == "Cue: w w ...\n- **R**"
-    assert "Cue: w w ...\n" in sft_completion(long, between_words=2)
+    assert "Cue: w w ...\n" in sft_completion(long, taught=Taught(between_words=2))
 
 
 @given(st.text(min_size=1), st.text())

@@ -217,7 +217,7 @@ def sft_gradient(settings: Settings, mesh: Mesh) -> Gradient:
         layout=layout,
     )
     tree = sft_module.sft_tree(
-        phase.source.lessons(0), phase.encoder, phase.limits, between_words=4
+        phase.source.lessons(0), phase.encoder, phase.limits, taught=settings.sft.taught
     )
     return _gradient(phase.programs, list(phase._blocks(tree)), layout)
 

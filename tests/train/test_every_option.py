@@ -142,6 +142,7 @@ CASES = {
     "sft.questions": _one(options.sft_steps, "sft.questions", 3),
     "sft.micro_batch": _one(options.sft_steps, "sft.micro_batch", 1),
     "sft.cycle": _one(options.sft_steps, "sft.cycle", 2),
+    "sft.thoughts": _one(options.sft_steps, "sft.thoughts", "none"),
     "sft.between_words": _one(
         options.sft_steps, "sft.between_words", 1, data__train__path="silent.jsonl"
     ),

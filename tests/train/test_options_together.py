@@ -12,8 +12,8 @@ import pytest
 from r1re_jax.policy_files import load_policy
 from r1re_jax.rollout.rollout import Rollout, generate
 from r1re_jax.task import tasks
-from r1re_jax.task.prompts import GuideInPrompt
 from r1re_jax.task.rewards import Verdict, relation_reward
+from r1re_jax.task.templates import GuideInPrompt
 from r1re_jax.train import drawing as drawing_module
 from tests.tiny import GUIDE
 from tests.train import world

@@ -182,6 +182,7 @@ _PAIRED = {
     "grpo.correction_limit": {"grpo__correction_limit": 7.0},
     "grpo.correction": {"grpo__correction": "token_mask"},
     "grpo.rewards": {"grpo__rewards": {"format": 1.0}},
+    "sft.thoughts": {"sft__thoughts": "none"},
     "sft.schedule": {"sft__schedule": "cosine"},
     "grpo.schedule": {"grpo__schedule": "cosine"},
     "checkpoint.best": {"checkpoint__best": "held/accuracy"},

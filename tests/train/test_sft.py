@@ -8,11 +8,11 @@ import pytest
 
 from r1re_jax.model.qwen import Remat
 from r1re_jax.model.tree import LimitError
+from r1re_jax.task.completions import Thoughts, sft_completion
 from r1re_jax.task.lessons import DatasetSource, Lesson
-from r1re_jax.task.prompts import sft_completion
 from r1re_jax.train.optimizer import OptimizerSettings
 from r1re_jax.train.settings import SFTSettings
-from r1re_jax.train.sft import SFT, make_sft
+from r1re_jax.train.sft import SFT, make_sft, sft_tree
 from r1re_jax.train.state import TrainState, create_state, place_params
 from r1re_jax.train.update import NonFiniteError, StepResult
 from tests.tiny import tiny_policy
@@ -69,6 +69,17 @@ def test_loss_is_the_mean_negative_log_probability_of_completion_tokens(whole) -
     np.testing.assert_allclose(first.metrics["loss"], np.mean(losses), rtol=1e-5)
     np.testing.assert_allclose(first.metrics["length"], len(losses) / 8)
     assert first.metrics["learning_rate"] == pytest.approx(1e-2)
+
+
+def test_the_answer_alone_can_be_taught() -> None:
+    encoder, (lesson, *_) = tiny_policy().encoder, source(trees=1, questions=4).lessons(0)
+    taught = SFTSettings(thoughts=Thoughts.NONE).taught
+    tree = sft_tree([lesson], encoder, LIMITS, taught=taught)
+    for example, (tokens,), (length,) in zip(
+        lesson.examples, tree.completion.tokens[0], tree.completion.length[0], strict=True
+    ):
+        text = encoder.decode(tokens[:length])
+        assert text == f"<think>-</think><answer>{example.label}</answer>"
 
 
 def test_training_lowers_the_loss_and_compiles_once(whole) -> None:

@@ -2,20 +2,19 @@
 
 import json
 
-from r1re_jax.task.completions import BETWEEN_WORDS
-from r1re_jax.task.relations import RESERVED_TAGS, DataError
-from r1re_jax.task.rewards import ANSWER_CLOSE, ANSWER_OPEN, THINK_CLOSE, THINK_OPEN
+from r1re_jax.task.completions import TAUGHT, Taught, completion
+from r1re_jax.task.relations import RESERVED_TAGS
 from r1re_jax.task.triplets.examples import Triplet, TripletExample
 
 NOTHING = "No relation of the guide."
 
 
-def triplet_completion(example: TripletExample, *, between_words: int = BETWEEN_WORDS) -> str:
+def triplet_completion(example: TripletExample, *, taught: Taught = TAUGHT) -> str:
     """Thoughts and the right answer.
 
     Args:
       example: with its own reasoning, or `plain_triplet_reasoning` where it has none.
-      between_words: of `plain_triplet_reasoning`.
+      taught: what its thoughts are.
 
     Returns:
       `<think>…</think><answer>{"entities": …, "triplets": …}</answer>`.
@@ -23,17 +22,12 @@ def triplet_completion(example: TripletExample, *, between_words: int = BETWEEN_
     Raises:
       DataError: reasoning that is blank or holds a tag.
     """
-    thoughts = (
-        plain_triplet_reasoning(example, between_words=between_words)
-        if example.reasoning is None
-        else example.reasoning.strip()
+    make = lambda: plain_triplet_reasoning(  # noqa: E731
+        example, between_words=taught.between_words
     )
-    if not thoughts or any(tag in thoughts for tag in RESERVED_TAGS):
-        raise DataError(
-            f"the reasoning of example {example.id} must neither be blank nor hold "
-            f"{' '.join(RESERVED_TAGS)}, found {thoughts!r}"
-        )
-    return f"{THINK_OPEN}{thoughts}{THINK_CLOSE}{ANSWER_OPEN}{answer_text(example)}{ANSWER_CLOSE}"
+    return completion(
+        answer_text(example), id=example.id, reasoning=example.reasoning, make=make, taught=taught
+    )
 
 
 def answer_text(example: TripletExample) -> str:
@@ -44,7 +38,9 @@ def answer_text(example: TripletExample) -> str:
     return text
 
 
-def plain_triplet_reasoning(example: TripletExample, *, between_words: int = BETWEEN_WORDS) -> str:
+def plain_triplet_reasoning(
+    example: TripletExample, *, between_words: int = TAUGHT.between_words
+) -> str:
     """A short thought where none is given: of each triplet the words between, and the guide's line.
 
     Args:

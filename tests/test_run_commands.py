@@ -1,4 +1,4 @@
-"""The commands evaluate, extract, export, report and doctor: what they print and refuse."""
+"""The commands evaluate, extract, export, report and train: what they print and refuse."""
 
 import importlib
 import io
@@ -366,38 +366,6 @@ def test_help(name: str, shown: str) -> None:
     assert "Error" not in process.stderr
 
 
-RECIPE = "--config=configs/miniworld.py"
-
-
-def show(*args: str) -> subprocess.CompletedProcess[str]:
-    """Run `python -m run.show` as a process: overrides are read from the command line itself."""
-    command = [sys.executable, "-m", "run.show", *args]
-    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-
-
-def test_a_flag_sets_keys_that_the_recipe_has_and_lacks() -> None:
-    process = show(RECIPE, "--config.grpo.steps=7", "--config.grpo.loss=dr_grpo")
-    assert process.returncode == 0, process.stderr
-    settings = json.loads(process.stdout[: process.stdout.index("\nhash ")])
-    assert settings["grpo"]["steps"] == 7
-    assert settings["grpo"]["loss"] == "dr_grpo"
-
-
-@pytest.mark.parametrize(
-    ("flag", "message"),
-    [
-        ("--config.grpo.stps=3", "unknown key grpo.stps; did you mean grpo.steps?"),
-        ("--config.grpo.loss=dr_grp", "did you mean 'dr_grpo'?"),
-        ("--config.mehs.data=2", "the recipe has no section for one of the keys: 'mehs'"),
-    ],
-)
-def test_a_flag_that_nothing_reads_is_refused(flag: str, message: str) -> None:
-    process = show(RECIPE, flag)
-    assert process.returncode == 1
-    assert message in process.stderr
-    assert "Traceback" not in process.stderr
-
-
 def test_train_reports_that_sampler_and_trainer_disagree(
     command: Command, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -414,31 +382,3 @@ def test_train_reports_that_sampler_and_trainer_disagree(
     with pytest.raises(SystemExit, match=r"run\.train: (?s:.*)mean 2\.50e-01, max nan"):
         train(values, tmp_path / "run", again="")
     assert not (tmp_path / "run").exists()
-
-
-def test_doctor_prints_and_writes_what_it_found(tmp_path: pathlib.Path) -> None:
-    write_inputs(tmp_path)
-    mesh = {"data": 4, "tensor": 2}
-    values = config(tmp_path, mesh=mesh, sft__questions=4, grpo__questions=4)
-    recipe = "from ml_collections import ConfigDict\ndef get_config():\n    return ConfigDict("
-    (tmp_path / "recipe.py").write_text(f"{recipe}{values!r})\n")
-
-    def doctor(*args: str) -> subprocess.CompletedProcess[str]:
-        found = tmp_path / "found.json"
-        more = [f"--config={tmp_path / 'recipe.py'}", f"--json={found}", *args]
-        command = [sys.executable, "-m", "run.doctor", *more]
-        return subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-
-    process = doctor(f"--workdir={tmp_path / 'run'}")
-    assert process.returncode == 0, process.stdout + process.stderr
-    assert process.stderr.splitlines()[-1] == "parity: ok"
-    assert "decode, training: mean " in process.stdout
-    found = json.loads((tmp_path / "found.json").read_text())
-    assert found["ok"] and {check["status"] for check in found["checks"]} == {"ok"}
-    assert not (tmp_path / "run").exists()
-    process = doctor("--config.grpo.grop=3")
-    assert process.returncode == 1
-    assert "did you mean grpo.group?" in process.stdout
-    assert "Traceback" not in process.stderr
-    found = json.loads((tmp_path / "found.json").read_text())
-    assert not found["ok"] and found["checks"][0]["status"] == "failed"

@@ -1,4 +1,4 @@
-"""Triplet extraction: guides with types, examples, the grammar of answers, the rule."""
+"""Triplet extraction: the grammar of answers, the rule, completions to learn."""
 
 import dataclasses
 import json
@@ -9,16 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from r1re_jax.task.relations import (
-    EntityType,
-    Guide,
-    GuideError,
-    Relation,
-    Schema,
-    TripletSchema,
-    make_guide,
-    parse_guide,
-)
+from r1re_jax.task.completions import Taught, Thoughts
 from r1re_jax.task.rewards import Problem
 from r1re_jax.task.schema import DataError
 from r1re_jax.task.triplets.completions import answer_text, triplet_completion
@@ -30,154 +21,12 @@ from r1re_jax.task.triplets.rewards import (
     parse_triplets,
     triplet_reward,
 )
-
-GUIDE = """# Papers
-
-## Entities
-
-- **Method**: a way to do something.
-- **Task**: what is to be done.
-
-## Relations
-
-- **Used-For(X = means, Y = end)**: X serves Y.
-- **Near(X = one, Y = other)** [no direction]: X and Y are alike.
-- **Other**: none of these.
-
-## Rules
-
-1. Judge by the sentence.
-"""
-TEXT = "CRF helps NER, as HMM does."
-EXAMPLE = TripletExample(
-    "p1",
-    TEXT,
-    (Entity("CRF", 0, 3, "Method"), Entity("NER", 10, 13, "Task"), Entity("HMM", 18, 21, "Method")),
-    (Triplet(0, 1, "Used-For"), Triplet(2, 0, "Near")),
-)
-
-
-def guide() -> Guide:
-    return parse_guide(GUIDE, source="g.md")
-
-
-SCHEMA = guide().triplets
+from tests.task.papers import EXAMPLE, RIGHT, SCHEMA, TEXT, answer_of
 
 
 def _text(answer: Any) -> str:
     shown = answer if isinstance(answer, str) else json.dumps(answer)
     return f"<think>why</think><answer>{shown}</answer>"
-
-
-def _answer(entities: list[list[str]], triplets: list[list[str]]) -> dict[str, Any]:
-    return {
-        "entities": [{"text": text, "type": type} for text, type in entities],
-        "triplets": [{"head": h, "relation": r, "tail": t} for h, r, t in triplets],
-    }
-
-
-RIGHT = _answer(
-    [["CRF", "Method"], ["NER", "Task"], ["HMM", "Method"]],
-    [["CRF", "Used-For", "NER"], ["HMM", "Near", "CRF"]],
-)
-
-
-# --- guides ---------------------------------------------------------------------------------------
-
-
-def test_a_guide_with_types_serves_both_tasks() -> None:
-    both = guide()
-    plain = parse_guide("# Papers\n\n## Relations" + GUIDE.split("## Relations")[1])
-    assert both.schema == plain.schema
-    assert plain.entities == ()
-    assert both.entities == SCHEMA.entities
-    assert SCHEMA.types == ("Method", "Task")
-    assert SCHEMA.names == ("Used-For", "Near")
-    assert SCHEMA.directionless == {"Near"}
-    assert SCHEMA.entities[0] == EntityType("Method", "a way to do something.")
-    with pytest.raises(GuideError, match="'Papers' names no entity types.*'## Entities' before"):
-        _ = plain.triplets
-
-
-@pytest.mark.parametrize(
-    ("old", "new", "message"),
-    [
-        ("- **Method**: a way", "**Method**: a way", r"g\.md:5: cannot read '\*\*Method"),
-        ("- **Method**: a way to do something.", "- **Method**:", r"g\.md:5: cannot read"),
-        ("- **Method**", "- ** **", r"g\.md:5: cannot read"),
-        ("- **Method**", "- **Method(X = a, Y = b)**", r"g\.md:5: cannot read"),
-        ("- **Method**", "- **<think>**", r"g\.md:5: bad name '<think>'"),
-        ("- **Task**", "- **Method**", r"g\.md:6: 'Method' is defined twice"),
-        ("## Entities", "## Types", r"g\.md:3: expected '## Relations' or '## Rules', found "
-         r"'## Types' \('## Entities' may come first\)"),
-        ("## Rules", "## Entities", r"g\.md:14: expected '## Rules', found '## Entities'"),
-        (
-            "- **Method**: a way to do something.\n- **Task**: what is to be done.\n",
-            "",
-            r"g\.md: no entity types under '## Entities'",
-        ),
-    ],
-)  # fmt: skip
-def test_errors_of_types_name_the_line(old: str, new: str, message: str) -> None:
-    assert old in GUIDE
-    with pytest.raises(GuideError, match=message):
-        parse_guide(GUIDE.replace(old, new, 1), source="g.md")
-
-
-def test_a_written_guide_is_read_back() -> None:
-    types = (EntityType("A", "a thing."), EntityType("B", "another."))
-    made = make_guide("T", Schema((Relation("R", "x", "y", True, "d"),)), entities=types)
-    assert parse_guide(made.text) == made
-    assert made.triplets == TripletSchema(types, made.schema.relations)
-    with pytest.raises(GuideError, match="plain single lines"):
-        make_guide("T", made.schema, entities=(EntityType("A", " a"),))
-
-
-def test_schemas_need_distinct_names() -> None:
-    relation = Relation("R")
-    with pytest.raises(GuideError, match="at least one entity type, found none"):
-        TripletSchema((), (relation,))
-    with pytest.raises(GuideError, match="at least one relation, found none"):
-        TripletSchema((EntityType("A"),), ())
-    with pytest.raises(GuideError, match="found more than one entity type A"):
-        TripletSchema((EntityType("A"), EntityType("A")), (relation,))
-    with pytest.raises(DataError, match="no entity type 'Methd'; did you mean 'Method'"):
-        SCHEMA.check_type("Methd")
-    with pytest.raises(DataError, match="no relation 'Used'; did you mean 'Used-For'"):
-        SCHEMA.check_relation("Used")
-
-
-# --- examples -------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        ({"text": " "}, "the text is blank"),
-        ({"text": "CRF helps it, as HMM does."}, r"entity 1 is 'NER' but text\[10:13\] is 'it,'"),
-        ({"entities": EXAMPLE.entities[:1]}, "tail of triplet 0 is entity 1; .* 1 entities"),
-        ({"triplets": (Triplet(-1, 0, "Near"),)}, "head of triplet 0 is entity -1"),
-        ({"entities": (Entity("", 3, 3, "Task"),), "triplets": ()}, r"entity 0 \[3, 3\) is no"),
-    ],
-)
-def test_bad_examples_are_refused(change: dict[str, Any], message: str) -> None:
-    with pytest.raises(DataError, match=message):
-        dataclasses.replace(EXAMPLE, **change)
-
-
-def test_an_example_shows_its_sentence_and_its_answer() -> None:
-    assert EXAMPLE.question == TEXT
-    assert EXAMPLE.answer == RIGHT
-    assert Extraction.from_json(RIGHT) == EXAMPLE.extraction
-    other = dataclasses.replace(EXAMPLE, id="p2", triplets=EXAMPLE.triplets[::-1])
-    assert other.gold == EXAMPLE.gold != dataclasses.replace(EXAMPLE, triplets=()).gold
-
-
-def test_what_is_said_twice_is_said_once() -> None:
-    twice = _answer([["CRF", "Method"]] * 2, [["CRF", "Near", "HMM"]] * 2)
-    assert Extraction.from_json(twice).to_json() == _answer(
-        [["CRF", "Method"]], [["CRF", "Near", "HMM"]]
-    )
 
 
 # --- the grammar ----------------------------------------------------------------------------------
@@ -201,7 +50,7 @@ def test_what_is_said_twice_is_said_once() -> None:
         (_text("[" * 100_000), TripletProblem.NOT_JSON),
         (_text("1" * 10_000), TripletProblem.NOT_JSON),
         (_text("__import__('os')"), TripletProblem.NOT_JSON),
-        (_text(_answer([["\ud800", "Task"]], [])), TripletProblem.NOT_JSON),
+        (_text(answer_of([["\ud800", "Task"]], [])), TripletProblem.NOT_JSON),
         (_text('{"entities": [], "entities": [], "triplets": []}'), TripletProblem.REPEATED_KEY),
         (
             _text('{"entities": [{"text": "a", "type": "b", "text": "a"}], "triplets": []}'),
@@ -241,13 +90,13 @@ def test_malformed_completions_have_their_code(text: str, problem: Any) -> None:
 @pytest.mark.parametrize(
     ("answer", "problem"),
     [
-        (_answer([["CRF", "Tool"]], []), TripletProblem.UNKNOWN_TYPE),
-        (_answer([["CRF", "method"]], []), TripletProblem.UNKNOWN_TYPE),
-        (_answer([], [["CRF", "Uses", "NER"]]), TripletProblem.UNKNOWN_RELATION),
-        (_answer([], [["CRF", "Other", "NER"]]), TripletProblem.UNKNOWN_RELATION),
-        (_answer([["crf", "Method"]], []), TripletProblem.SPAN_NOT_IN_TEXT),
-        (_answer([["", "Method"]], []), TripletProblem.SPAN_NOT_IN_TEXT),
-        (_answer([], [["CRF", "Near", "SVM"]]), TripletProblem.SPAN_NOT_IN_TEXT),
+        (answer_of([["CRF", "Tool"]], []), TripletProblem.UNKNOWN_TYPE),
+        (answer_of([["CRF", "method"]], []), TripletProblem.UNKNOWN_TYPE),
+        (answer_of([], [["CRF", "Uses", "NER"]]), TripletProblem.UNKNOWN_RELATION),
+        (answer_of([], [["CRF", "Other", "NER"]]), TripletProblem.UNKNOWN_RELATION),
+        (answer_of([["crf", "Method"]], []), TripletProblem.SPAN_NOT_IN_TEXT),
+        (answer_of([["", "Method"]], []), TripletProblem.SPAN_NOT_IN_TEXT),
+        (answer_of([], [["CRF", "Near", "SVM"]]), TripletProblem.SPAN_NOT_IN_TEXT),
     ],
 )
 def test_what_cannot_be_right_is_wrong_and_not_malformed(answer: Any, problem: Any) -> None:
@@ -272,18 +121,18 @@ def test_the_right_answer_earns_the_most() -> None:
     verdict = triplet_reward(_text(RIGHT), EXAMPLE, SCHEMA)
     assert (verdict.reward, verdict.correct, verdict.problem) == (3.0, True, None)
     assert verdict.figures == {"entity_f1": 100.0, "triplet_f1": 100.0}
-    assert triplet_reward(_text(_answer([], [])), TripletExample("n", TEXT), SCHEMA).reward == 3.0
+    assert triplet_reward(_text(answer_of([], [])), TripletExample("n", TEXT), SCHEMA).reward == 3.0
 
 
 @pytest.mark.parametrize(
     ("answer", "entity_f1", "triplet_f1"),
     [
-        (_answer([], []), 0, 0),
-        (_answer([["CRF", "Method"], ["NER", "Task"], ["HMM", "Method"]], []), 1, 0),
-        (_answer([["CRF", "Method"]], [["CRF", "Used-For", "NER"]]), 2 / 4, 2 / 3),
-        (_answer([["CRF", "Task"], ["NER", "Task"]], [["NER", "Used-For", "CRF"]]), 2 / 5, 0),
+        (answer_of([], []), 0, 0),
+        (answer_of([["CRF", "Method"], ["NER", "Task"], ["HMM", "Method"]], []), 1, 0),
+        (answer_of([["CRF", "Method"]], [["CRF", "Used-For", "NER"]]), 2 / 4, 2 / 3),
+        (answer_of([["CRF", "Task"], ["NER", "Task"]], [["NER", "Used-For", "CRF"]]), 2 / 5, 0),
         (
-            _answer([["NER", "Task"]] * 5, [["CRF", "Near", "HMM"], ["HMM", "Near", "CRF"]]),
+            answer_of([["NER", "Task"]] * 5, [["CRF", "Near", "HMM"], ["HMM", "Near", "CRF"]]),
             2 / 4,
             2 / 3,
         ),
@@ -304,10 +153,10 @@ def test_the_reward_is_the_weighted_f1(answer: Any, entity_f1: float, triplet_f1
 
 
 def test_correct_is_of_the_triplets_alone() -> None:
-    untyped = _answer([], [["CRF", "Used-For", "NER"], ["CRF", "Near", "HMM"]])
+    untyped = answer_of([], [["CRF", "Used-For", "NER"], ["CRF", "Near", "HMM"]])
     verdict = triplet_reward(_text(untyped), EXAMPLE, SCHEMA)
     assert verdict.correct and verdict.reward == pytest.approx(-0.5 + 3.5 * 2 / 3)
-    more = _answer([], [*map(list, EXAMPLE.extraction.triplets), ["NER", "Used-For", "HMM"]])
+    more = answer_of([], [*map(list, EXAMPLE.extraction.triplets), ["NER", "Used-For", "HMM"]])
     assert not triplet_reward(_text(more), EXAMPLE, SCHEMA).correct
 
 
@@ -319,7 +168,7 @@ def test_strict_triplets_need_the_types_of_both_ends() -> None:
         ([["CRF", "Method"], ["CRF", "Task"], ["NER", "Task"], ["HMM", "Method"]], 0),
         ([], 0),
     ):
-        found = Extraction.from_json(_answer(entities, [list(t) for t in gold.triplets]))
+        found = Extraction.from_json(answer_of(entities, [list(t) for t in gold.triplets]))
         compared = compare(gold, found, SCHEMA)
         assert (compared.strict.matched, compared.triplets.matched) == (matched, 2)
 
@@ -347,7 +196,9 @@ def test_a_completion_quotes_what_joins_each_pair() -> None:
         "<think>Cue: helps\n- **Used-For**\nCue: helps NER, as\n- **Near**</think>"
         f"<answer>{json.dumps(RIGHT)}</answer>"
     )
-    short = triplet_completion(EXAMPLE, between_words=1)
+    bare = triplet_completion(EXAMPLE, taught=Taught(thoughts=Thoughts.NONE))
+    assert bare == f"<think>-</think><answer>{answer_text(EXAMPLE)}</answer>"
+    short = triplet_completion(EXAMPLE, taught=Taught(between_words=1))
     assert "Cue: helps ...\n- **Near**" in short
     given_thought = dataclasses.replace(EXAMPLE, reasoning=" so ")
     assert triplet_completion(given_thought).startswith("<think>so</think><answer>{")
@@ -397,7 +248,7 @@ def test_any_text_gets_a_verdict(text: str) -> None:
 
 
 ANSWERS = st.builds(
-    _answer,
+    answer_of,
     st.lists(st.tuples(WORDS, WORDS).map(list), max_size=4),
     st.lists(st.tuples(WORDS, WORDS, WORDS).map(list), max_size=4),
 )
@@ -441,10 +292,10 @@ def test_gold_comes_back_with_the_highest_reward(text: str, data: Any) -> None:
 
 
 def test_any_order_of_a_directionless_triplet_is_right() -> None:
-    turned = _answer(
+    turned = answer_of(
         [["HMM", "Method"], ["NER", "Task"], ["CRF", "Method"]],
         [["CRF", "Near", "HMM"], ["CRF", "Used-For", "NER"]],
     )
     assert triplet_reward(_text(turned), EXAMPLE, SCHEMA).reward == 3.0
-    wrong = _answer([], [["NER", "Used-For", "CRF"]])
+    wrong = answer_of([], [["NER", "Used-For", "CRF"]])
     assert triplet_reward(_text(wrong), EXAMPLE, SCHEMA).comparison.triplets.matched == 0

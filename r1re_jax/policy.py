@@ -14,14 +14,12 @@ from flax import nnx
 from r1re_jax.model.config import ModelConfig
 from r1re_jax.model.qwen import Qwen
 from r1re_jax.model.tree import pad_level
-from r1re_jax.policy_source import (
-    PolicyError,
-)
+from r1re_jax.policy_source import PolicyError
 from r1re_jax.rollout.keys import Purpose, example_id, row_keys
 from r1re_jax.rollout.rollout import generate
 from r1re_jax.rollout.sampling import SamplingSettings
 from r1re_jax.task.prompts import PromptEncoder
-from r1re_jax.task.tasks import Task
+from r1re_jax.task.tasks import Task, TaskKind, make_task
 
 # Completions that are drawn at a time, and fp32 logits that exist at a time (256 MB).
 ROWS, LOGITS = 512, 2**26
@@ -103,6 +101,10 @@ class Policy:
     def for_task(self, task: Task) -> "Policy":
         """Return the policy with a task's prompts; its own words stay where it was made for it."""
         return dataclasses.replace(self, encoder=self.encoder.for_task(task))
+
+    def for_kind(self, kind: TaskKind) -> "Policy":
+        """Return the policy asked for another task; of its own it keeps what completions earn."""
+        return self if self.encoder.task.kind is kind else self.for_task(make_task(kind))
 
     def logits(self, token_rows: Sequence[Sequence[int]]) -> list[np.ndarray]:
         """Return the fp32 logits [T, V] of every row of token ids, positions from 0.

@@ -238,6 +238,7 @@ def _write_words(policy: Policy, folder: Path, *, card: str = "") -> None:
         "limits": dataclasses.asdict(policy.limits),
         "stop_ids": list(policy.encoder.stop_ids),
         "guide_sha256": dict(policy.guide_sha256),
+        "totals": dataclasses.asdict(policy.encoder.task.totals),
     }
     if policy.encoder.task.kind is not TaskKind.RELATION:
         recipe["task"] = policy.encoder.task.kind.value
@@ -261,9 +262,11 @@ def _policy(model: Qwen, folder: Path, *, provenance: str) -> Policy:
         stops, guides = recipe["stop_ids"], recipe["guide_sha256"]
         # Not named where it is of marked pairs, as in recipes from before there were others.
         kind = TaskKind(recipe.get("task", TaskKind.RELATION))
+        task = make_task(kind)
+        totals = dataclasses.replace(task.totals, **recipe.get("totals", {}))
     except (KeyError, TypeError, ValueError) as error:
         raise PolicyError(f"{folder / RECIPE} cannot be used: {error!r}") from None
-    task = make_task(kind)
+    task = dataclasses.replace(task, totals=totals)
     return Policy(
         model=model,
         tokenizer=tokenizer,

@@ -55,7 +55,7 @@ def main(argv: list[str]) -> None:
         guide = load_guide(resolve_data(GUIDE.value))
         examples = task.read(DATA.value, task.schema(guide))[: LIMIT.value or None]
         how = {flag.name: flag.value for flag in HOW} | {"data_sha256": data_sha256(DATA.value)}
-        policy = load_policy(MODEL.value, dtype=DTYPE.value).for_task(task)
+        policy = load_policy(MODEL.value, dtype=DTYPE.value).for_kind(task.kind)
         limits = {flag.name.split(".")[1]: flag.value for flag in LIMITS if flag.value is not None}
         how["limits"] = dataclasses.replace(policy.limits, **limits)
         with contextlib.closing(open_progress(sys.stderr)) as progress:

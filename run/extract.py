@@ -56,7 +56,7 @@ def main(argv: list[str]) -> None:
         guide = load_guide(resolve_data(GUIDE.value))
         task.schema(guide)
         examples = list(asked(argv[1:], task))
-        policy = load_policy(MODEL.value, dtype=DTYPE.value).for_task(task)
+        policy = load_policy(MODEL.value, dtype=DTYPE.value).for_kind(task.kind)
         limits = {flag.name.split(".")[1]: flag.value for flag in LIMITS if flag.value is not None}
         how = {"temperature": TEMPERATURE.value, "seed": SEED.value, "batch": BATCH.value}
         how["limits"] = dataclasses.replace(policy.limits, **limits)

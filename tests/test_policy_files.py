@@ -17,6 +17,8 @@ from r1re_jax.model.weights import WeightsError
 from r1re_jax.policy import Limits, Policy
 from r1re_jax.policy_files import load_policy, policy_config, save_policy
 from r1re_jax.policy_source import PolicyError
+from r1re_jax.task.rewards import RewardTotals
+from r1re_jax.task.tasks import TRIPLETS, RelationTask, TaskKind
 from tests.drawn import drawn_tensors
 from tests.gguf_files import write_gguf
 from tests.saved import make_workdir, named, worded_policy
@@ -55,7 +57,20 @@ def test_a_saved_policy_comes_back_whole(policy: Policy, folder: pathlib.Path) -
     row = [1, 2, 3]
     np.testing.assert_array_equal(loaded.logits([row])[0], policy.logits([row])[0])
     recipe = json.loads((folder / "r1re.json").read_text())
-    assert set(recipe) == {"template", "limits", "stop_ids", "guide_sha256"}
+    assert set(recipe) == {"template", "limits", "stop_ids", "guide_sha256", "totals"}
+
+
+def test_what_completions_earned_is_kept(policy: Policy, tmp_path: pathlib.Path) -> None:
+    task = RelationTask(RewardTotals(correct=3.0, wrong=-1.0, malformed=-3.0))
+    save_policy(policy.for_task(task), tmp_path / "export")
+    loaded = load_policy(tmp_path / "export")
+    assert loaded.encoder.task == task
+    assert loaded.for_kind(TaskKind.RELATION) is loaded
+    assert loaded.for_kind(TaskKind.TRIPLETS).encoder.task == TRIPLETS
+    recipe = tmp_path / "export" / "r1re.json"
+    recipe.write_text(recipe.read_text().replace('"wrong"', '"wrnog"'))
+    with pytest.raises(PolicyError, match="wrnog"):
+        load_policy(tmp_path / "export")
 
 
 def test_a_card_is_written_where_one_is_given(

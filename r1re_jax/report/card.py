@@ -251,7 +251,18 @@ def _settings(phase: Mapping[str, Any]) -> list[str]:
         if value not in (None, "") and value != NEUTRAL.get(key):
             shown = f"{value:g}" if is_number(value) else code(value)
             found.append(words.format(shown))
+    reference = phase.get("reference") or {}
+    if reference.get("every") and phase.get("kl_coefficient"):
+        found.append(_moving(reference))
     return found
+
+
+def _moving(reference: Mapping[str, Any]) -> str:
+    """Return how the reference of the KL term followed the policy, in words."""
+    when = f"every {reference['every']} steps"
+    if reference.get("decay"):
+        return f"reference a moving average of the policy (decay {reference['decay']:g}, {when})"
+    return f"reference copied from the policy {when}"
 
 
 def _scores(history: History, step: int) -> list[dict[str, str]]:

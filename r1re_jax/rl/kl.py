@@ -22,6 +22,9 @@ from jax.typing import ArrayLike
 from r1re_jax.rl.kinds import KlKind, pick
 from r1re_jax.rl.masks import as_mask, count, keep, require_shape
 
+# The importance ratio of `k3_plus` is at most e^80: infinity times a k3 of 0 would be NaN.
+LARGEST = 80.0
+
 
 def kl_loss(
     logp_PGC: ArrayLike,
@@ -69,7 +72,7 @@ def token_kl(
         k1        −d
         k2        d² / 2
         k3        exp(d) − d − 1
-        k3_plus   exp(logp − old) · k3
+        k3_plus   exp(min(logp − old, 80)) · k3
 
     Returns:
         [*B, C] fp32, 0 under mask 0.
@@ -91,7 +94,8 @@ def token_kl(
             if old_logp_PGC is not None:
                 require_shape("old_logp", old_logp_PGC, shape, "logp")
             old_logp = logp if old_logp_PGC is None else keep(old_logp_PGC, mask)
-            return jnp.exp(logp - jax.lax.stop_gradient(old_logp)) * _k3(gap)
+            log_ratio = logp - jax.lax.stop_gradient(old_logp)
+            return jnp.exp(jnp.minimum(log_ratio, LARGEST)) * _k3(gap)
 
 
 def _k3(gap: jax.Array) -> jax.Array:

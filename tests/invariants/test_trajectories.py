@@ -1,19 +1,25 @@
 """What may not change a run: micro-batches, remat, meshes, the order of questions.
 
 The completions of one run are fed to its variants, so that a token that rounding would have drawn
-otherwise does not part them. Their first completions, drawn by themselves, are the same.
+otherwise does not part them. Their first completions, drawn by themselves, are the same. Variants
+that draw all by themselves may part from it only at a tie.
 """
 
 import dataclasses
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
 import numpy as np
 import pytest
+from flax import nnx
 
-from r1re_jax.model.qwen import Remat
+from r1re_jax.model.qwen import Cache, Remat
+from r1re_jax.model.tree import Level
+from r1re_jax.rollout.decode import prefill
+from r1re_jax.rollout.keys import token_keys
 from r1re_jax.rollout.rollout import Rollout, generate
+from r1re_jax.rollout.sampling import gumbel
 from r1re_jax.task import tasks
 from r1re_jax.task.lessons import Lesson, Source
 from r1re_jax.task.rewards import Verdict, relation_reward
@@ -157,3 +163,77 @@ def test_a_run_is_the_same(
                 found[name], wanted[name], atol=1e-5, err_msg=f"{name} of step {step}"
             )
         np.testing.assert_allclose(found["grad_norm"], wanted["grad_norm"], rtol=1e-3)
+
+
+class _Parted(Exception):
+    """Two runs drew different tokens, at a tie."""
+
+
+@pytest.mark.parametrize(
+    "variant",
+    [
+        pytest.param(Variant(micro_batch=2, remat=Remat.LAYER), id="micro-batches of 2 and remat"),
+        pytest.param(Variant(mesh=(2, 2, 2), backwards=True), id="eight devices, backwards"),
+    ],
+)
+def test_running_free_only_a_tie_parts_two_runs(
+    variant: Variant, whole: tuple[list[dict[str, float]], list[Rollout]]
+) -> None:
+    left = list(whole[1])
+
+    def draw(*args: Any, **more: Any) -> Rollout:
+        found, wanted = jax.device_get(generate(*args, **more)), variant.turned(left.pop(0))
+        gaps = _gaps(found, wanted, *args, ancestors=more["ancestors"], keys=more["keys"])
+        assert np.all(gaps < 1e-4), f"step {STEPS - len(left)} parts from the run: {gaps}"
+        if gaps.size:
+            raise _Parted
+        return found
+
+    try:
+        _trajectory(variant, draw)
+    except _Parted:
+        assert len(left) < STEPS - 1, "the first completions are the same"
+    else:
+        assert not left
+
+
+def test_what_is_no_tie_is_told(whole: tuple[list[dict[str, float]], list[Rollout]]) -> None:
+    first = whole[1][0]
+    other = np.array(first.tokens)
+    other[0, 1, 2, 3] = (other[0, 1, 2, 3] + 1) % 7
+
+    def draw(*args: Any, **more: Any) -> Rollout:
+        found = jax.device_get(generate(*args, **more))
+        changed = dataclasses.replace(first, tokens=other)
+        gaps = _gaps(found, changed, *args, ancestors=more["ancestors"], keys=more["keys"])
+        assert gaps.shape == (1,)
+        assert gaps[0] > 1e-4
+        raise _Parted
+
+    with pytest.raises(_Parted):
+        _trajectory(Variant(), draw)
+
+
+def _gaps(
+    found: Rollout,
+    wanted: Rollout,
+    graph: nnx.GraphDef,
+    params: nnx.State,
+    levels: Sequence[Level],
+    *,
+    ancestors: Sequence[Cache],
+    keys: jax.Array,
+) -> np.ndarray:
+    """Gap of the top two perturbed logits at the first token that differs, for each such row."""
+    gaps = []
+    for where in np.argwhere((found.tokens != wanted.tokens).any(-1)):
+        row = tuple(where)
+        token = int(np.argmax(found.tokens[row] != wanted.tokens[row]))
+        before = Level(found.tokens, np.full_like(found.length, token))
+        below = (*levels, before) if token else levels
+        hidden, _ = prefill(graph, params, below, ancestors=ancestors)
+        logits_V = nnx.merge(graph, params).logits(hidden[row if token else row[:-1]])
+        noise_V = gumbel(token_keys(keys, np.int32(token)), logits_V.shape[-1])[row]
+        first, second = jax.lax.top_k(logits_V + noise_V, 2)[0]
+        gaps.append(float(first - second))
+    return np.array(gaps)

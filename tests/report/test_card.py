@@ -131,6 +131,17 @@ def test_options_of_the_algorithm_are_told_where_they_are_on(run: pathlib.Path) 
         " tokens, completions that were cut off left out, off-policy correction `token_mask`"
     )
     assert expected in card(run, step=8)
+    for reference, words in (
+        ({"every": 5, "decay": 0.0}, "reference copied from the policy every 5 steps"),
+        (
+            {"every": 5, "decay": 0.9},
+            "reference a moving average of the policy (decay 0.9, every 5 steps)",
+        ),
+    ):
+        configure(run, grpo=grpo | off | {"reference": reference})
+        assert words in card(run, step=8)
+    configure(run, grpo=grpo | {"reference": reference, "kl_coefficient": 0.0})
+    assert "moving average" not in card(run, step=8), "there was no KL term"
 
 
 def test_a_card_shows_the_prompt_that_the_policy_knows(run: pathlib.Path) -> None:

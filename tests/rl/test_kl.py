@@ -191,6 +191,16 @@ def test_k3_keeps_its_digits_where_the_policies_nearly_agree() -> None:
         np.testing.assert_allclose(got.item(), 5e-9, rtol=2e-3)
 
 
+def test_a_ratio_beyond_fp32_leaves_k3_plus_finite() -> None:
+    """Policy and reference agree on tokens that the sampler held for all but impossible."""
+    logp, old = np.full((1, 1, 2), -1.0), np.full((1, 1, 2), -200.0)
+    mask = np.ones((1, 1, 2))
+    for ref, value in ((logp, 0.0), (logp - 1, np.exp(80) * np.exp(-1))):
+        got, slope = jax.value_and_grad(kl_loss)(logp, ref, mask, kind="k3_plus", old_logp_PGC=old)
+        np.testing.assert_allclose(got, value, rtol=1e-5)
+        assert np.isfinite(slope).all()
+
+
 def test_enum_jit_and_leading_axes() -> None:
     logp, ref, _, mask = batch(2)
     jitted = jax.jit(lambda *xs: kl_loss(*xs, kind=KlKind.K3_PLUS))

@@ -1,5 +1,7 @@
 """The mesh and the one table that says which mesh axis shards which logical axis."""
 
+import math
+
 import jax
 import numpy as np
 from flax import nnx
@@ -36,6 +38,11 @@ def spec(axes: tuple[str | None, ...]) -> PartitionSpec:
         KeyError: an axis that the table does not list.
     """
     return PartitionSpec(*(RULES[axis] if axis is not None else None for axis in axes))
+
+
+def question_ways(mesh: Mesh) -> int:
+    """Return how many parts the questions of a tree are spread over."""
+    return math.prod(mesh.shape[axis] for axis in RULES["question"] or ())
 
 
 def make_mesh(*, data: int = 1, fsdp: int = -1, tensor: int = 1) -> Mesh:

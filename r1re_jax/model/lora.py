@@ -13,7 +13,8 @@ import jax.numpy as jnp
 from flax import nnx
 
 from r1re_jax import sharding
-from r1re_jax.model.qwen import Linear, Qwen
+from r1re_jax.model.linear import Linear
+from r1re_jax.model.qwen import Qwen
 
 # Names of the parameters of an adapter, behind that of what it adapts.
 DOWN, UP = ".adapter.a", ".adapter.b"

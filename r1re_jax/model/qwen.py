@@ -22,6 +22,7 @@ from flax import nnx
 from r1re_jax import sharding
 from r1re_jax.model.attention import Part, attend
 from r1re_jax.model.config import ModelConfig
+from r1re_jax.model.linear import Linear, last_axis, product
 
 # Models of up to so many layers are compiled layer by layer: a little faster to run, and the longer
 # to compile the more there are (docs/decisions.md).
@@ -42,10 +43,15 @@ class Remat(enum.StrEnum):
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class KeyValue:
-    """Rotated keys and values of one level for all layers, each [L, *B, T, K, A]."""
+    """Rotated keys and values of one level for all layers.
 
-    key: jax.Array
-    value: jax.Array
+    Attributes:
+        key: [L, K, *B, T, A], or L arrays without the first axis.
+        value: likewise.
+    """
+
+    key: jax.Array | tuple[jax.Array, ...]
+    value: jax.Array | tuple[jax.Array, ...]
 
 
 @jax.tree_util.register_dataclass
@@ -54,41 +60,14 @@ class Cache:
     """A finished level that levels below attend to.
 
     Attributes:
-        key: [L, *B, T, K, A].
-        value: [L, *B, T, K, A].
+        key: as of `KeyValue`.
+        value: as of `KeyValue`.
         length: [*B] int32; keys from `length` on are padding.
     """
 
-    key: jax.Array
-    value: jax.Array
+    key: jax.Array | tuple[jax.Array, ...]
+    value: jax.Array | tuple[jax.Array, ...]
     length: jax.Array
-
-
-class Linear(nnx.Module):
-    """y = x·W (+ b), with logical axis names for sharding; an adapter adds to x·W."""
-
-    adapter: Callable[[jax.Array], jax.Array] | None = None  # of r1re_jax.model.lora
-
-    def __init__(
-        self,
-        axes: tuple[str, str],
-        shape: tuple[int, int],
-        *,
-        bias: bool,
-        scale: float,
-        rngs: nnx.Rngs,
-    ):
-        """Draw W [in, out] from a normal of deviation `scale`; b is zero."""
-        init = nnx.initializers.normal(scale)
-        self.weight = sharding.param(init(rngs.params(), shape, jnp.float32), axes)
-        self.bias = sharding.param(jnp.zeros(shape[1]), axes[1:]) if bias else None
-
-    def __call__(self, x: jax.Array) -> jax.Array:
-        """[..., in] -> [..., out]."""
-        y = jnp.einsum("...i,io->...o", x, self.weight[...].astype(x.dtype))
-        if self.adapter is not None:
-            y += self.adapter(x)
-        return y if self.bias is None else y + _last_axis(self.bias[...].astype(x.dtype), y.ndim)
 
 
 class RMSNorm(nnx.Module):
@@ -103,22 +82,37 @@ class RMSNorm(nnx.Module):
         """[..., D] -> [..., D]."""
         x32 = x.astype(jnp.float32)
         scale = jax.lax.rsqrt(jnp.mean(jnp.square(x32), -1, keepdims=True) + self.eps)
-        return (x32 * scale).astype(x.dtype) * _last_axis(self.weight[...].astype(x.dtype), x.ndim)
+        return (x32 * scale).astype(x.dtype) * last_axis(self.weight[...].astype(x.dtype), x.ndim)
 
 
-def rotary(x: jax.Array, position: jax.Array, frequency: np.ndarray) -> jax.Array:
-    """Rotate the halves of each head by position-dependent angles (arXiv 2104.09864, equation 34).
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Rotation:
+    """Sine and cosine of every position's angles, fp32.
 
-    Args:
-        x: [*B, T, heads, A].
-        position: [*B, T] int32.
-        frequency: [A/2], radians a token.
+    Attributes:
+        sin: [*B, T, 1, 2, A/2], the first of the two negative: what the other half is multiplied
+            with.
+        cos: [*B, T, 1, A/2].
     """
-    rates = _last_axis(jnp.asarray(frequency, jnp.float32), x.ndim)
+
+    sin: jax.Array
+    cos: jax.Array
+
+
+def rotation(position: jax.Array, frequency: np.ndarray) -> Rotation:
+    """Return the rotation of each position [*B, T] for frequencies [A/2] in radians a token."""
+    rates = last_axis(jnp.asarray(frequency, jnp.float32), position.ndim + 2)
     angle = position[..., None, None].astype(jnp.float32) * rates
-    sin, cos = jnp.sin(angle), jnp.cos(angle)
-    low, high = jnp.split(x.astype(jnp.float32), 2, -1)
-    return jnp.concatenate([low * cos - high * sin, high * cos + low * sin], -1).astype(x.dtype)
+    return Rotation(jnp.stack([-jnp.sin(angle), jnp.sin(angle)], -2), jnp.cos(angle))
+
+
+def rotary(x: jax.Array, turn: Rotation) -> jax.Array:
+    """Rotate the halves of each head [*B, T, heads, A] (arXiv 2104.09864, equation 34)."""
+    halves = x.astype(jnp.float32).reshape(*x.shape[:-1], 2, -1)
+    # (low, high) · cos + (high, low) · (−sin, sin): XLA's CPU compiler is slow at concatenating.
+    turned = halves * turn.cos[..., None, :] + halves[..., ::-1, :] * turn.sin
+    return turned.reshape(x.shape).astype(x.dtype)
 
 
 class Block(nnx.Module):
@@ -148,21 +142,21 @@ class Block(nnx.Module):
             ("mlp", "embed"), (config.mlp_width, width), config.mlp_width**-0.5 * out_scale
         )
 
-    def project(self, x: jax.Array, position: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
-        """[*B, T, D] -> rotated query [*B, T, H, A], rotated key and value [*B, T, K, A]."""
+    def project(self, x: jax.Array, turn: Rotation) -> tuple[jax.Array, jax.Array, jax.Array]:
+        """[*B, T, D] -> rotated query [*B, T, H, A], rotated key and value [K, *B, T, A]."""
         h = self.attention_norm(x)
         heads = lambda y: y.reshape(*y.shape[:-1], -1, self.config.head_size)  # noqa: E731
         query, key = heads(self.query(h)), heads(self.key(h))
         if self.query_norm is not None and self.key_norm is not None:
             query, key = self.query_norm(query), self.key_norm(key)
-        turn = lambda x: rotary(x, position, self.config.rope_frequencies)  # noqa: E731
-        return turn(query), turn(key), heads(self.value(h))
+        first = lambda x: jnp.moveaxis(x, -2, 0)  # noqa: E731
+        return rotary(query, turn), first(rotary(key, turn)), first(heads(self.value(h)))
 
     def finish(self, x: jax.Array, attended: jax.Array) -> jax.Array:
         """Add the attention's output [*B, T, H, A] and the MLP to the stream x [*B, T, D]."""
         x = x + self.output(attended.reshape(*attended.shape[:-2], -1))
         h = self.mlp_norm(x)
-        return x + self.down(jax.nn.silu(self.gate(h)) * self.up(h))
+        return x + self.down(_swiglu(self.gate(h), self.up(h)))
 
 
 class Qwen(nnx.Module):
@@ -212,14 +206,15 @@ class Qwen(nnx.Module):
             hidden [*B, T, D] before the head (final norm applied), and the level's KeyValue.
         """
         length = tokens.shape[-1]
-        position = start[..., None] + _last_axis(jnp.arange(length, dtype=jnp.int32), tokens.ndim)
+        position = start[..., None] + last_axis(jnp.arange(length, dtype=jnp.int32), tokens.ndim)
+        turn = rotation(position, self.config.rope_frequencies)
         causal = jnp.tril(jnp.ones((length, length), bool))
         graph, layers = nnx.split(self.layers)
 
         def layer(x: jax.Array, inputs: tuple) -> tuple[jax.Array, KeyValue]:
             weights, above = inputs
             block = nnx.merge(graph, weights)
-            query, key, value = block.project(x, position)
+            query, key, value = block.project(x, turn)
             parts = [*_ancestor_parts(above, ancestors), Part(key, value, causal)]
             return block.finish(x, attend(query, parts)), KeyValue(key, value)
 
@@ -240,49 +235,45 @@ class Qwen(nnx.Module):
         start: jax.Array,
         ancestors: Sequence[Cache],
         own: KeyValue,
+        layers: Sequence[nnx.State] | None = None,
     ) -> tuple[jax.Array, KeyValue]:
         """Compute one token of every row, writing its key and value into the row's own cache.
 
         Args:
             tokens: [*B] int32, token number `step` of each row.
             step: int32 scalar, slot of the own cache to write; slots up to it are attended to.
-            start: [*B] int32, position of each row's token 0.
-            ancestors: as in `extend`; never copied per row.
-            own: [L, *B, C, K, A], carried through the layers and updated in place (as input and
-                output of a scan it would be copied at every token).
+            start: [*B] int32, position of slot 0 of each row's own cache.
+            ancestors: as in `extend`, and what a row wrote itself before, B' = B; never copied per
+                row. In a loop give `by_layer` of them.
+            own: of `empty_cache`; in a loop updated in place.
+            layers: `layer_weights()`, to be taken once before a loop.
 
         Returns:
             hidden [*B, D] and the updated own cache.
         """
-        position = (start + step)[..., None]
-        seen = (jnp.arange(own.key.shape[-3]) <= step)[None]
-        graph, layers = nnx.split(self.layers)
-
-        def layer(carry: tuple, inputs: tuple) -> tuple[tuple, None]:
-            x, own = carry
-            index, weights, above = inputs
+        turn = rotation((start + step)[..., None], self.config.rope_frequencies)
+        seen = (jnp.arange(own.key[0].shape[-2]) <= step)[None]
+        graph, _ = nnx.split(self.layers)
+        x, keys, values = self._embedded(tokens[..., None]), [], []
+        for index, weights in enumerate(layers or self.layer_weights()):
             block = nnx.merge(graph, weights)
-            query, key, value = block.project(x, position)
-            own = KeyValue(_write(own.key, key, index, step), _write(own.value, value, index, step))
-            mine = Part(own.key[index], own.value[index], seen)
-            parts = [*_ancestor_parts(above, ancestors), mine]
-            return (block.finish(x, attend(query, parts)), own), None
+            query, key, value = block.project(x, turn)
+            above = [KeyValue(cache.key[index], cache.value[index]) for cache in ancestors]
+            keys.append(_write(own.key[index], key, step))
+            values.append(_write(own.value[index], value, step))
+            mine = Part(keys[-1], values[-1], seen)
+            x = block.finish(x, attend(query, [*_ancestor_parts(above, ancestors), mine]))
+        return self.norm(x)[..., 0, :], KeyValue(tuple(keys), tuple(values))
 
-        above = tuple(KeyValue(cache.key, cache.value) for cache in ancestors)
-        index = jnp.arange(self.config.layers)
-        (x, own), _ = jax.lax.scan(
-            layer, (self._embedded(tokens[..., None]), own), (index, layers, above)
-        )
-        return self.norm(x)[..., 0, :], own
+    def layer_weights(self) -> list[nnx.State]:
+        """Return the weights of each layer by themselves."""
+        _, stacked = nnx.split(self.layers)
+        take = lambda layer: jax.tree.map(lambda x: x[layer], stacked)  # noqa: E731
+        return [take(layer) for layer in range(self.config.layers)]
 
     def logits(self, hidden: jax.Array) -> jax.Array:
         """[..., D] -> [..., V] in fp32 whatever the forward computes in."""
-        return jnp.einsum(
-            "...d,dv->...v",
-            hidden,
-            self.head_weight(hidden.dtype),
-            preferred_element_type=jnp.float32,
-        )
+        return product(hidden, self.head_weight(hidden.dtype), jnp.float32)
 
     def head_weight(self, dtype: jnp.dtype) -> jax.Array:
         """Return the output projection [D, V]: the head, or the embedding transposed where tied."""
@@ -290,10 +281,11 @@ class Qwen(nnx.Module):
         return weight.astype(dtype)
 
     def empty_cache(self, batch: Sequence[int], length: int) -> KeyValue:
-        """Return a zero own cache [L, *batch, length, K, A]."""
+        """Return a zero own cache, an array [K, *batch, length, A] for each layer."""
         config = self.config
-        shape = (config.layers, *batch, length, config.kv_heads, config.head_size)
-        return KeyValue(jnp.zeros(shape, self.dtype), jnp.zeros(shape, self.dtype))
+        shape = (config.kv_heads, *batch, length, config.head_size)
+        zeros = lambda: tuple(jnp.zeros(shape, self.dtype) for _ in range(config.layers))  # noqa: E731
+        return KeyValue(zeros(), zeros())
 
     def _random_head(self, rngs: nnx.Rngs) -> nnx.Param:
         shape = (self.config.width, self.config.vocab)
@@ -304,6 +296,11 @@ class Qwen(nnx.Module):
         return self.embed[...].astype(self.dtype)[tokens]
 
 
+def by_layer(caches: Sequence[Cache]) -> list[Cache]:
+    """Return the caches with each layer's keys by themselves, for `Qwen.decode` in a loop."""
+    return [Cache(tuple(cache.key), tuple(cache.value), cache.length) for cache in caches]
+
+
 def abstract_qwen(
     config: ModelConfig, *, dtype: str | jnp.dtype = jnp.float32, remat: Remat = Remat.NONE
 ) -> Qwen:
@@ -311,23 +308,23 @@ def abstract_qwen(
     return nnx.eval_shape(lambda: Qwen(config, rngs=nnx.Rngs(0), dtype=dtype, remat=remat))
 
 
+@jax.checkpoint
+def _swiglu(gate: jax.Array, up: jax.Array) -> jax.Array:
+    """Gated activation (arXiv 2002.05202, equation 6); its inner arrays are not kept."""
+    return jax.nn.silu(gate) * up
+
+
 def _ancestor_parts(above: Sequence[KeyValue], ancestors: Sequence[Cache]) -> list[Part]:
     """One layer's keys of each ancestor, with the mask that hides the ancestor's padding."""
     parts = []
     for keys, cache in zip(above, ancestors, strict=True):
-        slots = jnp.arange(keys.key.shape[-3], dtype=jnp.int32)
-        seen = _last_axis(slots, cache.length.ndim + 1) < cache.length[..., None]
+        slots = jnp.arange(keys.key.shape[-2], dtype=jnp.int32)
+        seen = last_axis(slots, cache.length.ndim + 1) < cache.length[..., None]
         parts.append(Part(keys.key, keys.value, seen[..., None, :]))
     return parts
 
 
-def _last_axis(vector: jax.Array, rank: int) -> jax.Array:
-    """Write out the axes along which a vector is broadcast: [A] -> [1, …, 1, A]."""
-    return vector.reshape((1,) * (rank - 1) + vector.shape)
-
-
-def _write(cache: jax.Array, new: jax.Array, layer: jax.Array, step: jax.Array) -> jax.Array:
-    """Put new [*B, 1, K, A] into cache [L, *B, C, K, A] at (layer, …, step)."""
-    batch = new.ndim - 3
-    start = (layer, *[0] * batch, step, 0, 0)
-    return jax.lax.dynamic_update_slice(cache, new[None].astype(cache.dtype), start)
+def _write(cache: jax.Array, new: jax.Array, step: jax.Array) -> jax.Array:
+    """Put new [K, *B, 1, A] into cache [K, *B, C, A] at slot `step`."""
+    start = (*[0] * (new.ndim - 2), step, 0)
+    return jax.lax.dynamic_update_slice(cache, new.astype(cache.dtype), start)

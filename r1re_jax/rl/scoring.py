@@ -5,6 +5,7 @@ import functools
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from r1re_jax.model.qwen import Cache, Qwen
 from r1re_jax.model.tree import Level, Tree
@@ -105,16 +106,55 @@ def _score_in_chunks(
     @functools.partial(jax.checkpoint, prevent_cse=False)
     def piece(_: None, inputs: tuple[jax.Array, jax.Array]) -> tuple[None, tuple]:
         hidden, token = inputs
-        logp_BcV = jax.nn.log_softmax(model.logits(hidden) / temperature, axis=-1)
-        # A sum under a comparison, not a gather: the vocabulary axis may be sharded.
-        chosen = jax.lax.broadcasted_iota(jnp.int32, logp_BcV.shape, token.ndim) == token[..., None]
-        logp = jnp.sum(jnp.where(chosen, logp_BcV, 0.0), axis=-1)
-        return None, (logp, -jnp.sum(jnp.exp(logp_BcV) * logp_BcV, axis=-1))
+        return None, token_scores(model.logits(hidden) / temperature, token)
 
     xs = (_cut(hidden_BCD, -2, pieces, chunk), _cut(token_BC, -1, pieces, chunk))
     _, scores = jax.lax.scan(piece, None, xs)
     logp, entropy = (_join(x_pBc)[..., :limit] for x_pBc in scores)
     return logp, entropy
+
+
+@jax.custom_vjp
+def token_scores(logits_BV: jax.Array, token_B: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Return log-probability of each token, and entropy of its distribution, [*B] fp32 both.
+
+    With p = softmax(logits) and H = −Σ p log p: ∂ log p_t / ∂ logit_i = [i = t] − p_i and
+    ∂H / ∂ logit_i = −p_i (log p_i + H).
+    """
+    return _score_tokens(logits_BV, token_B)[0]
+
+
+def _score_tokens(logits_BV: jax.Array, token_B: jax.Array) -> tuple[tuple, tuple]:
+    shifted_BV = logits_BV - jnp.max(logits_BV, axis=-1, keepdims=True)
+    weight_BV = jnp.exp(shifted_BV)
+    # One pass for all three sums. A sum under a comparison, not a gather: the vocabulary axis may
+    # be sharded.
+    chosen_BV = jnp.where(_is_token(token_B, shifted_BV.shape), shifted_BV, 0.0)
+    total, drift, chosen = jax.lax.reduce(
+        (weight_BV, weight_BV * shifted_BV, chosen_BV),
+        (np.float32(0),) * 3,
+        lambda one, other: tuple(map(jnp.add, one, other)),
+        (logits_BV.ndim - 1,),
+    )
+    log_total = jnp.log(total)
+    entropy = log_total - drift / total
+    return (chosen - log_total, entropy), (shifted_BV, log_total, entropy, token_B)
+
+
+def _score_tokens_backward(kept: tuple, cotangents: tuple) -> tuple[jax.Array, None]:
+    shifted_BV, log_total, entropy, token_B = kept
+    by_logp, by_entropy = (x[..., None] for x in cotangents)
+    logp_BV = shifted_BV - log_total[..., None]
+    slope_BV = by_logp + by_entropy * (logp_BV + entropy[..., None])
+    is_token = _is_token(token_B, shifted_BV.shape)
+    return jnp.where(is_token, by_logp, 0.0) - jnp.exp(logp_BV) * slope_BV, None
+
+
+token_scores.defvjp(_score_tokens, _score_tokens_backward)
+
+
+def _is_token(token_B: jax.Array, shape: tuple[int, ...]) -> jax.Array:
+    return jax.lax.broadcasted_iota(jnp.int32, shape, len(shape) - 1) == token_B[..., None]
 
 
 def _cut(x: jax.Array, axis: int, pieces: int, chunk: int) -> jax.Array:

@@ -8,10 +8,12 @@ import numpy as np
 from flax import nnx
 from jax.sharding import Mesh
 
+from r1re_jax import sharding
 from r1re_jax.model.qwen import Cache
 from r1re_jax.model.tree import Level
-from r1re_jax.rollout import decode
+from r1re_jax.rollout import decode, shapes
 from r1re_jax.rollout.sampling import SamplingSettings
+from r1re_jax.rollout.shapes import least_holding
 
 
 @jax.tree_util.register_dataclass
@@ -61,6 +63,7 @@ def generate(
     stop_ids: Sequence[int],
     pad_id: int,
     chunk: int = 32,
+    compaction: int = 0,
     ancestors: Sequence[Cache] = (),
     on_chunk: Callable[[Progress], None] | None = None,
     mesh: Mesh | None = None,
@@ -81,15 +84,21 @@ def generate(
         stop_ids: tokens that end a completion, one at least.
         pad_id: written behind the end of a completion.
         chunk: tokens between two calls of `on_chunk`; changes no sample.
+        compaction: how many sizes of the batch there are from one to its half; finished rows are
+            dropped between chunks where that makes it smaller and there is a chunk to come. 0: it
+            keeps its size. Changes no sample.
         ancestors: caches (`decode.prefill`) above the levels, such as a guide's that batches share.
         on_chunk: called on the host after every chunk; what it raises ends the rollout.
         mesh: spreads the questions over the mesh's data axes.
 
     Raises:
-        ValueError: limit or chunk below 1, no stop token, or keys that do not fit the questions.
+        ValueError: limit or chunk below 1, compaction below 0, no stop token, or keys that do not
+            fit the questions.
     """
     if limit < 1 or chunk < 1:
         raise ValueError(f"limit is {limit} and chunk is {chunk} tokens; both must be at least 1")
+    if compaction < 0:
+        raise ValueError(f"compaction is {compaction} sizes; it must be at least 0")
     if not stop_ids:
         raise ValueError(
             "there is no stop token: every completion would run to the limit; give stop_ids"
@@ -105,20 +114,51 @@ def generate(
         stop_ids=tuple(int(stop) for stop in stop_ids),
         pad_id=int(pad_id),
         limit=limit,
+        chunk=chunk,
         mesh=mesh,
     )
     hidden, caches = decode.prefill(
         graph, params, tuple(levels), ancestors=tuple(ancestors), mesh=mesh
     )
-    state = decode.start_state(graph, params, hidden, caches, keys, program=program)
-    rows = keys.size
+    room = shapes.widths(limit)
+    state = decode.start_state(graph, params, hidden, caches, keys, width=room[0], program=program)
+    per_tree = questions[-1] * keys.shape[-1]
+    ways = 1 if mesh is None else sharding.question_ways(mesh)
+    counts = shapes.row_counts(per_tree, steps=compaction, ways=ways)
+    step, done, rows = 1, np.asarray(state.done), keys.size
     while True:
-        state, counts = decode.decode_chunk(
-            graph, params, state, caches, keys, np.int32(chunk), program=program
-        )
-        step, done = (int(count) for count in np.asarray(counts))
+        if step < limit and not done.all():
+            active = ~done.reshape(*questions[:-1], -1)
+            count = least_holding(counts, active.sum(-1).max())
+            # For less than a chunk another program is not worth its compilation.
+            if count < active.shape[-1] and limit - step >= chunk:
+                slots = _slots(active, count)
+                state, question = decode.compact(state, caches[-1], slots, program=program)
+                caches = (*caches[:-1], question)
+            width = least_holding(room, shapes.slots(min(int(step) + chunk, limit) - 1))
+            if width > state.past.key[0].shape[-2]:
+                past = decode.grown(state.past, width=width, program=program)
+                state = dataclasses.replace(state, past=past)
+            state, told = decode.decode_chunk(graph, params, state, caches, program=program)
+            step, done = (np.asarray(x) for x in told)
+        left = int(np.sum(~done))
         if on_chunk is not None:
-            on_chunk(Progress(tokens=step, limit=limit, rows_done=done, rows=rows))
-        if done == rows or step == limit:
+            on_chunk(Progress(tokens=int(step), limit=limit, rows_done=rows - left, rows=rows))
+        if step == limit or not left:
             break
-    return Rollout(tokens=state.tokens, length=state.length, logp=state.logp, truncated=~state.done)
+    drawn, shape = state.drawn, keys.shape
+    take = lambda x: x[..., :-1, :limit].reshape(*shape, limit)  # noqa: E731
+    flag = lambda x: x[..., :-1].reshape(shape)  # noqa: E731
+    return Rollout(
+        tokens=take(drawn.tokens),
+        length=flag(drawn.length),
+        logp=take(drawn.logp),
+        truncated=~flag(drawn.done),
+    )
+
+
+def _slots(active: np.ndarray, count: int) -> np.ndarray:
+    """Return [*, count] int32: the active places of each tree, then the number of all places."""
+    places = active.shape[-1]
+    order = np.argsort(~active, axis=-1, kind="stable")[..., :count].astype(np.int32)
+    return np.where(np.take_along_axis(active, order, axis=-1), order, np.int32(places))

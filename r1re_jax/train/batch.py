@@ -1,7 +1,6 @@
 """A step's lessons as arrays, and their cut into micro-batches."""
 
 import dataclasses
-import math
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -119,11 +118,6 @@ def spread_tree(tree: Tree, mesh: Mesh) -> Tree:
     return Tree(tree.guide, spread(tree.question, mesh), spread(tree.completion, mesh))
 
 
-def data_ways(mesh: Mesh) -> int:
-    """Return how many parts the questions of a tree are spread over."""
-    return math.prod(mesh.shape[axis] for axis in sharding.RULES["question"] or ())
-
-
 def check_batches(settings: Settings, *, mesh: Mesh) -> None:
     """Refuse batches of any part of a run that the mesh cannot share evenly.
 
@@ -142,7 +136,7 @@ def check_mesh(trees: int, questions: int, micro_batch: int, *, mesh: Mesh, phas
     Raises:
         ValueError: naming the keys to change.
     """
-    ways = data_ways(mesh)
+    ways = sharding.question_ways(mesh)
     first = next(blocks(trees, questions, micro_batch))
     wide = first.questions.stop - first.questions.start
     if wide % ways:

@@ -26,6 +26,7 @@ SAFE_KEYS: dict[str, str] = {
     "sft.micro_batch": "same sums, other memory",
     "grpo.micro_batch": "same sums, other memory",
     "grpo.chunk": "same tokens, other memory",
+    "grpo.compaction": "same tokens, other time",
     "grpo.score_chunk": "same sums, other memory",
     "grpo.max_logp_gap": "only when to stop",
 }

@@ -119,6 +119,7 @@ class Drawing:
             stop_ids=self.encoder.stop_ids,
             pad_id=self.encoder.pad_id,
             chunk=settings.chunk,
+            compaction=settings.compaction,
             on_chunk=lambda progress: tick(f"rollout {progress.tokens}/{progress.limit}"),
             mesh=self.layout.mesh,
         )

@@ -82,6 +82,9 @@ class GRPOSettings:
             `r1re_jax.rl.correction`; `auto` corrects where the sampler is another model.
         correction_limit: the largest ratio of the trainer's probability to the sampler's.
         chunk: tokens decoded between two looks at signals.
+        compaction: how many sizes of the decoded batch there are from one to its half; finished
+            completions are dropped between chunks where a smaller size holds the others. Each size
+            is a program to compile; 0 keeps the batch whole.
         score_chunk: completion positions whose logits exist at a time.
         max_logp_gap: the run stops when sampler and trainer differ by more than this in the mean
             log-probability of a sampled token, in nats.
@@ -115,13 +118,14 @@ class GRPOSettings:
     correction: CorrectionKind = CorrectionKind.AUTO
     correction_limit: float = 3.0
     chunk: int = 32
+    compaction: int = 3
     score_chunk: int = 128
     max_logp_gap: float = 0.25
     optimizer: OptimizerSettings = flat(OptimizerSettings(learning_rate=1e-6))
 
     def __post_init__(self) -> None:
         """Refuse sizes that do not fit and sampling that scoring does not match."""
-        at_least(self, 0, "steps", "micro_batch", "refill", "overlong_buffer")
+        at_least(self, 0, "steps", "micro_batch", "refill", "overlong_buffer", "compaction")
         at_least(self, 1, "trees", "questions", "inner_iterations", "chunk", "score_chunk")
         if self.group < 2:
             raise ValueError(

@@ -26,9 +26,10 @@ from r1re_jax.rl.scoring import completion_logp
 from r1re_jax.rollout.keys import Purpose, row_keys
 from r1re_jax.rollout.rollout import generate
 from r1re_jax.rollout.sampling import SamplingSettings
+from r1re_jax.sharding import question_ways
 from r1re_jax.task.lessons import Lesson
 from r1re_jax.task.prompts import PromptEncoder
-from r1re_jax.train.batch import data_ways, prompt_levels, spread, spread_tree
+from r1re_jax.train.batch import prompt_levels, spread, spread_tree
 from r1re_jax.train.data import TrainingData, phase_source
 from r1re_jax.train.drawing import question_ids
 from r1re_jax.train.settings import Dtype, Settings
@@ -143,7 +144,7 @@ def check_run(settings: Settings, data: TrainingData, start: Start) -> Parity | 
     if not settings.model.parity_tokens:
         return None
     lesson = phase_source(settings, data, next(iter(settings.phases))).lessons(0)[0]
-    ways = data_ways(start.layout.mesh)
+    ways = question_ways(start.layout.mesh)
     # A multiple of what the mesh shares them over, as is the lesson's own number.
     questions = lesson.examples[: ways * math.ceil(QUESTIONS / ways)]
     parity = measure(

@@ -1,4 +1,4 @@
-"""What may not change a run: micro-batches, remat, meshes, the order of questions.
+"""What may not change a run: micro-batches, remat, meshes, the order of questions, compaction.
 
 The completions of one run are fed to its variants, so that a token that rounding would have drawn
 otherwise does not part them. Their first completions, drawn by themselves, are the same. Variants
@@ -39,6 +39,8 @@ SETTINGS = GRPOSettings(
     kl_coefficient=0.1,
     inner_iterations=2,
     entropy_coefficient=0.01,
+    chunk=2,
+    compaction=0,
     optimizer=OptimizerSettings(learning_rate=3e-3, eps=1e-3),
 )
 SHORT = dataclasses.replace(LIMITS, completion=10)
@@ -63,6 +65,7 @@ class Variant:
     remat: Remat = Remat.NONE
     micro_batch: int = 0
     backwards: bool = False
+    compaction: int = 0
 
     def turned(self, rollout: Rollout) -> Rollout:
         """A rollout with its questions in this variant's order, or back."""
@@ -75,7 +78,7 @@ class Variant:
         layout, params = layout_on(mesh_of(*self.mesh), remat=self.remat)
         lessons = source(trees=1, questions=4)
         phase = make_grpo(
-            dataclasses.replace(SETTINGS, micro_batch=self.micro_batch),
+            dataclasses.replace(SETTINGS, micro_batch=self.micro_batch, compaction=self.compaction),
             limits=SHORT,
             encoder=tiny_policy().encoder,
             source=_Reversed(lessons) if self.backwards else lessons,
@@ -85,6 +88,12 @@ class Variant:
             reference=place_params(params, layout),
         )
         return phase, create_state(place_params(params, layout), phase.optimizer, layout)
+
+
+def _drawn(*args: Any, **more: Any) -> Rollout:
+    """Completions of many lengths: many tokens end one, which random weights would seldom draw."""
+    more["stop_ids"] = range(0, tiny_policy().config.vocab, 9)
+    return jax.device_get(generate(*args, **more))
 
 
 def _trajectory(variant: Variant, draw: Callable[..., Rollout]) -> list[dict[str, float]]:
@@ -119,12 +128,14 @@ def whole() -> tuple[list[dict[str, float]], list[Rollout]]:
     drawn: list[Rollout] = []
 
     def draw(*args: Any, **more: Any) -> Rollout:
-        drawn.append(jax.device_get(generate(*args, **more)))
+        drawn.append(_drawn(*args, **more))
         return drawn[-1]
 
     figures = _trajectory(Variant(), draw)
     moved = [abs(figures[-1][name] - figures[0][name]) for name in ("entropy", "kl")]
     assert min(moved) > 1e-3, "it goes somewhere"
+    lengths = {int(length) for rollout in drawn for length in rollout.length.flat}
+    assert len(lengths) > 5, "and rows end at different times"
     return figures, drawn
 
 
@@ -134,6 +145,7 @@ def whole() -> tuple[list[dict[str, float]], list[Rollout]]:
         pytest.param(Variant(micro_batch=1), id="micro-batches of 1"),
         pytest.param(Variant(micro_batch=2, remat=Remat.LAYER), id="micro-batches of 2 and remat"),
         pytest.param(Variant(backwards=True), id="questions from the last to the first"),
+        pytest.param(Variant(compaction=4), id="finished rows dropped"),
         pytest.param(Variant(mesh=(2, 2, 2)), id="data 2, fsdp 2, tensor 2"),
         pytest.param(Variant(mesh=(4, 1, 1)), id="data 4", marks=pytest.mark.slow),
         pytest.param(Variant(mesh=(1, 4, 1)), id="fsdp 4", marks=pytest.mark.slow),
@@ -148,7 +160,7 @@ def test_a_run_is_the_same(
 
     def draw(*args: Any, **more: Any) -> Rollout:
         if not first:
-            first.append(jax.device_get(generate(*args, **more)))
+            first.append(_drawn(*args, **more))
         return variant.turned(left.pop(0))
 
     figures = _trajectory(variant, draw)
@@ -174,6 +186,7 @@ class _Parted(Exception):
     [
         pytest.param(Variant(micro_batch=2, remat=Remat.LAYER), id="micro-batches of 2 and remat"),
         pytest.param(Variant(mesh=(2, 2, 2), backwards=True), id="eight devices, backwards"),
+        pytest.param(Variant(compaction=4), id="finished rows dropped"),
     ],
 )
 def test_running_free_only_a_tie_parts_two_runs(
@@ -182,7 +195,7 @@ def test_running_free_only_a_tie_parts_two_runs(
     left = list(whole[1])
 
     def draw(*args: Any, **more: Any) -> Rollout:
-        found, wanted = jax.device_get(generate(*args, **more)), variant.turned(left.pop(0))
+        found, wanted = _drawn(*args, **more), variant.turned(left.pop(0))
         gaps = _gaps(found, wanted, *args, ancestors=more["ancestors"], keys=more["keys"])
         assert np.all(gaps < 1e-4), f"step {STEPS - len(left)} parts from the run: {gaps}"
         if gaps.size:
@@ -203,7 +216,7 @@ def test_what_is_no_tie_is_told(whole: tuple[list[dict[str, float]], list[Rollou
     other[0, 1, 2, 3] = (other[0, 1, 2, 3] + 1) % 7
 
     def draw(*args: Any, **more: Any) -> Rollout:
-        found = jax.device_get(generate(*args, **more))
+        found = _drawn(*args, **more)
         changed = dataclasses.replace(first, tokens=other)
         gaps = _gaps(found, changed, *args, ancestors=more["ancestors"], keys=more["keys"])
         assert gaps.shape == (1,)

@@ -11,6 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from r1re_jax.model import attention
 from r1re_jax.model.attention import Part, attend
 
 # Few shapes, as each is compiled; lengths and masks vary under each.
@@ -25,7 +26,11 @@ SHAPES = [
 @jax.jit
 def attended(query: jax.Array, arrays: list, masks: list) -> jax.Array:
     """Run the code under test."""
-    parts = [Part(key, value, mask) for (key, value), mask in zip(arrays, masks, strict=True)]
+    first = lambda x: jnp.moveaxis(x, -2, 0)  # noqa: E731  the heads
+    parts = [
+        Part(first(key), first(value), jnp.asarray(mask))
+        for (key, value), mask in zip(arrays, masks, strict=True)
+    ]
     return attend(query, parts)
 
 
@@ -123,6 +128,28 @@ def test_value_and_gradients_equal_one_softmax_over_all_keys(shape: dict, seed: 
     case = Case(**shape, seed=seed)
     found, expected = case.gradients(), case.oracle()
     assert found[0].shape == case.query.shape and found[0].dtype == jnp.float32
+    for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
+        np.testing.assert_allclose(a, b, atol=5e-6, rtol=5e-5)
+
+
+@pytest.mark.parametrize("scores", [1, 300, 500])
+def test_blocks_change_nothing(scores: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Blocks of one position, of some that do not divide the tokens, and of more."""
+    case = Case(tokens=7, guide=9, trees=2)
+    cuts = []
+
+    class Recorded(attention._Blocks):
+        def over(self, *args: object) -> tuple:
+            cuts.append((self.count, self.size))
+            return super().over(*args)
+
+    monkeypatch.setattr(attention, "_Blocks", Recorded)
+    monkeypatch.setattr(attention, "SCORES", scores)
+    monkeypatch.setattr(attention, "SHORTEST", 1)
+    jax.clear_caches()
+    found, expected = case.gradients(), case.oracle()
+    jax.clear_caches()
+    assert set(cuts) == {{1: (7, 1), 300: (4, 2), 500: (3, 3)}[scores]}
     for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
         np.testing.assert_allclose(a, b, atol=5e-6, rtol=5e-5)
 

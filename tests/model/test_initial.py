@@ -10,7 +10,7 @@ from flax import nnx
 
 from r1re_jax.model.config import ModelConfig, preset
 from r1re_jax.model.initial import wire_reading
-from r1re_jax.model.qwen import Qwen, abstract_qwen, rotary
+from r1re_jax.model.qwen import Qwen, abstract_qwen, rotary, rotation
 
 CONFIG = preset("nano", vocab=512, layers=3)
 PERIOD, ANCHOR = 60, 0
@@ -118,7 +118,7 @@ def test_first_heads_look_one_to_four_tokens_back() -> None:
     heads = lambda bias: bias[...][0].reshape(1, 1, -1, CONFIG.head_size)  # noqa: E731
     at = jnp.arange(200, dtype=jnp.int32)[None]
     turned = [
-        rotary(jnp.repeat(heads(bias), 200, axis=1), at, CONFIG.rope_frequencies)[0]
+        rotary(jnp.repeat(heads(bias), 200, axis=1), rotation(at, CONFIG.rope_frequencies))[0]
         for bias in (blocks.query.bias, blocks.key.bias)
     ]
     query, key = (np.asarray(one, np.float64) for one in turned)

@@ -8,7 +8,16 @@ from flax import nnx
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from r1re_jax.model.qwen import Cache, KeyValue, Qwen, Remat, RMSNorm, abstract_qwen, rotary
+from r1re_jax.model.qwen import (
+    Cache,
+    KeyValue,
+    Qwen,
+    Remat,
+    RMSNorm,
+    abstract_qwen,
+    rotary,
+    rotation,
+)
 from tests.drawn import drawn_model, small_config
 
 N, P, G, S, Q, C = 2, 3, 2, 5, 4, 3
@@ -25,7 +34,7 @@ def test_rotary_is_a_complex_rotation(seed: int, theta: float) -> None:
     turned = (x[..., :4] + 1j * x[..., 4:]) * np.exp(1j * angle)
     expected = np.concatenate([turned.real, turned.imag], -1)
     # Positions times frequencies are fp32: at 30,000 an angle is exact to 2e-3.
-    np.testing.assert_allclose(rotary(x, position, frequency), expected, atol=1e-2)
+    np.testing.assert_allclose(rotary(x, rotation(position, frequency)), expected, atol=1e-2)
 
 
 def test_rotary_makes_scores_relative() -> None:
@@ -34,7 +43,7 @@ def test_rotary_makes_scores_relative() -> None:
     frequency = 1e4 ** (-np.arange(8) / 8)
 
     def score(at: int, other: int) -> float:
-        turn = lambda x, t: rotary(x, np.full((1, 1), t, np.int32), frequency)  # noqa: E731
+        turn = lambda x, t: rotary(x, rotation(np.full((1, 1), t, np.int32), frequency))  # noqa: E731
         return float((turn(query, at) * turn(key, other)).sum())
 
     assert score(7, 3) == pytest.approx(score(107, 103), abs=1e-4)
@@ -164,11 +173,12 @@ def test_decode_equals_extend_whatever_the_free_slots_hold(model: Qwen) -> None:
     expected, _ = forward(model, rows)
     for filling in (0.0, 1e4):
         empty = model.empty_cache((N, P, G), C + 2)
-        assert empty.key.shape == (2, N, P, G, C + 2, 2, 6)
+        assert [layer.shape for layer in empty.key] == [(2, N, P, G, C + 2, 6)] * 2
         own = jax.tree.map(lambda x, f=filling: np.full(x.shape, f, np.float32), empty)
         found, own = decoded(model, rows, own)
         np.testing.assert_allclose(found, expected, atol=2e-5)
-        np.testing.assert_array_equal(own.key[..., C:, :, :], filling)
+        for layer in own.key:
+            np.testing.assert_array_equal(layer[..., C:, :], filling)
 
 
 def test_padding_never_shows(model: Qwen) -> None:
@@ -234,7 +244,7 @@ def test_bfloat16_computes_in_half_with_float32_parameters(model: Qwen) -> None:
     half = drawn_model(small_config(), dtype="bfloat16")
     hidden, gradient = forward(half, rows)
     assert hidden.dtype == jnp.bfloat16
-    assert half.empty_cache((1,), 2).key.dtype == jnp.bfloat16
+    assert half.empty_cache((1,), 2).key[0].dtype == jnp.bfloat16
     logits = half.logits(hidden)
     assert logits.dtype == jnp.float32
     expected = model.logits(forward(model, rows)[0])

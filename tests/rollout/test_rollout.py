@@ -4,6 +4,7 @@ import collections
 import dataclasses
 import functools
 import logging
+import math
 
 import jax
 import jax.numpy as jnp
@@ -13,7 +14,7 @@ from flax import nnx
 
 from r1re_jax import sharding
 from r1re_jax.model.tree import Level, Tree
-from r1re_jax.rollout import decode
+from r1re_jax.rollout import decode, shapes
 from r1re_jax.rollout.keys import Purpose, example_ids, row_keys
 from r1re_jax.rollout.rollout import Progress, Rollout, generate
 from r1re_jax.rollout.sampling import SamplingSettings
@@ -199,6 +200,40 @@ def test_greedy_is_an_argmax_loop() -> None:
     np.testing.assert_allclose(rollout.logp, flat_logp(levels, rollout), atol=1e-5)
 
 
+@pytest.mark.parametrize("compaction", [1, 4])
+@pytest.mark.parametrize("chunk", [1, 3])
+def test_compaction_changes_no_sample(
+    compaction: int, chunk: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Finished rows are dropped as often as can be, and the cache grows by twos."""
+    rows: list[tuple[int, ...]] = []
+    whole = decode.decode_chunk
+
+    def counted(graph: object, params: object, state: decode.DecodeState, *a: object, **k: object):
+        rows.append((*state.done.shape, state.past.key[0].shape[-2]))
+        return whole(graph, params, state, *a, **k)
+
+    monkeypatch.setattr(decode, "decode_chunk", counted)
+    monkeypatch.setattr(shapes, "NARROWEST", 8)
+    found = draw(make_levels(), make_keys(), chunk=chunk, compaction=compaction)
+    assert_same_samples(found, usual())
+    counts = [math.prod(shape[1:3]) for shape in rows]
+    assert counts == sorted(counts, reverse=True)
+    assert counts[-1] < counts[0] <= P * G
+    assert set(counts) <= set(shapes.row_counts(P * G, steps=compaction))
+    assert rows[0][-1] < rows[-1][-1] == shapes.slots(C - 1)
+
+
+def test_compaction_without_trees_and_with_blank_questions() -> None:
+    """Levels without an axis of trees, as a policy's `generate` has them."""
+    question = random_level(np.random.default_rng(5), (P, Q))
+    question.length[:] = 2, 0, 3
+    keys = make_keys()[0]
+    plain = draw((question,), keys)
+    assert plain.length[1].sum() == 0 and not plain.truncated[1].any()
+    assert_same_samples(draw((question,), keys, chunk=2, compaction=4), plain)
+
+
 def test_decoding_ends_when_all_rows_are_done() -> None:
     seen: list[Progress] = []
     every = tuple(range(64))
@@ -227,7 +262,7 @@ def test_nothing_is_compiled_twice(caplog: pytest.LogCaptureFixture) -> None:
     usual()
     moved = jax.tree.map(lambda x: x * 1.01, PARAMS)
     with jax.log_compiles(True), caplog.at_level(logging.DEBUG, logger="jax"):
-        other = draw(make_levels(1), make_keys(step=7), params=moved, chunk=3)
+        other = draw(make_levels(1), make_keys(step=7), params=moved)
         compiled = [r.getMessage() for r in caplog.records if "Compiling" in r.getMessage()]
         assert compiled == []
         # The count is real: another limit is another program.
@@ -238,12 +273,15 @@ def test_nothing_is_compiled_twice(caplog: pytest.LogCaptureFixture) -> None:
 
 
 def test_the_own_cache_is_updated_in_place() -> None:
-    program = decode.Program(settings=SamplingSettings(), stop_ids=STOPS, pad_id=PAD, limit=C)
+    program = decode.Program(
+        settings=SamplingSettings(), stop_ids=STOPS, pad_id=PAD, limit=C, chunk=4
+    )
     hidden, caches = decode.prefill(GRAPH, PARAMS, make_levels())
-    state = decode.start_state(GRAPH, PARAMS, hidden, caches, make_keys(), program=program)
-    own = state.own.key
-    decode.decode_chunk(GRAPH, PARAMS, state, caches, make_keys(), np.int32(2), program=program)
-    assert own.is_deleted()
+    keys = make_keys()
+    state = decode.start_state(GRAPH, PARAMS, hidden, caches, keys, width=24, program=program)
+    past = state.past.key[0]
+    decode.decode_chunk(GRAPH, PARAMS, state, caches, program=program)
+    assert past.is_deleted()
 
 
 def test_a_mesh_changes_no_sample() -> None:
@@ -292,6 +330,7 @@ def test_bfloat16_decodes_what_bfloat16_scores() -> None:
     [
         (dict(limit=0), "limit is 0"),
         (dict(chunk=0), "chunk is 0"),
+        (dict(compaction=-1), "compaction is -1"),
         (dict(stop_ids=()), "no stop token"),
     ],
 )

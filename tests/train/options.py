@@ -154,7 +154,9 @@ def grpo_steps(settings: Settings) -> Any:
         except SamplerDriftError as error:
             heard.append(str(error))
     for asked in seen.drawn:
-        heard.append(repr([asked[name] for name in ("settings", "limit", "chunk", "stop_ids")]))
+        heard.append(
+            repr([asked[name] for name in ("settings", "limit", "chunk", "compaction", "stop_ids")])
+        )
         heard.append(digest(jax.random.key_data(asked["keys"])))
     return heard, [digest(block) for block in seen.blocks]
 

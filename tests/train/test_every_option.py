@@ -187,6 +187,7 @@ CASES = {
         options.grpo_program, "grpo.correction_limit", 2.0, grpo__correction="token_truncate"
     ),
     "grpo.chunk": _one(options.grpo_steps, "grpo.chunk", 5),
+    "grpo.compaction": _one(options.grpo_steps, "grpo.compaction", 1),
     "grpo.score_chunk": _one(options.grpo_program, "grpo.score_chunk", 7),
     "grpo.max_logp_gap": _one(options.grpo_steps, "grpo.max_logp_gap", 0.01),
     "evaluate.every": _one(options.around, "evaluate.every", 2, **EVALUATED),

@@ -11,6 +11,7 @@ import dataclasses
 import functools
 import os
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ import jax
 import numpy as np
 import tokenizers
 import transformers
+from jax.sharding import AxisType, Mesh
 
 from benchmarks import sides
 from r1re_jax.model.config import ModelConfig
@@ -25,8 +27,7 @@ from r1re_jax.model.hf_config import hf_config
 from r1re_jax.model.qwen import abstract_qwen
 from r1re_jax.model.tree import Level, Tree
 from r1re_jax.policy import Limits
-from r1re_jax.rollout.rollout import Rollout
-from r1re_jax.sharding import make_mesh
+from r1re_jax.sharding import MESH_AXES
 from r1re_jax.task.lessons import Lesson
 from r1re_jax.task.rewards import Verdict
 from r1re_jax.train.grpo import GRPO, GRPOBlock, make_grpo
@@ -154,7 +155,9 @@ class Step:
 
     def __init__(self, shape: Shape, *, group: int = GROUP, **settings: Any):
         self.shape = shape
-        layout = model_layout(abstract_qwen(CONFIG), make_mesh(data=1, fsdp=1, tensor=1))
+        one = np.array(jax.devices()[:1]).reshape(1, 1, 1)
+        mesh = Mesh(one, MESH_AXES, axis_types=(AxisType.Auto,) * 3)
+        layout = model_layout(abstract_qwen(CONFIG), mesh)
         params = random_params(CONFIG, layout, seed=0)
         self.settings = GRPOSettings(
             steps=10_000, questions=QUESTIONS, group=group, kl_coefficient=0.001, **settings
@@ -180,6 +183,12 @@ class Step:
         result = self.phase.step(self.state, self.number, tick=lambda note: None)
         self.state = jax.block_until_ready(result.state)
         self.metrics = result.metrics
+
+    def timed(self) -> float:
+        """Do a step; return its seconds."""
+        begin = time.perf_counter()
+        self.step()
+        return time.perf_counter() - begin
 
     @functools.cached_property
     def block(self) -> GRPOBlock:

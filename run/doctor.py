@@ -14,6 +14,7 @@ from rich.console import Console
 
 from r1re_jax.launch.doctor import examine, report, table
 from r1re_jax.train.workdir import write_json
+from run.programs import keep_programs
 from run.recipe import define_config, parse
 
 CONFIG = define_config()
@@ -23,6 +24,7 @@ JSON = flags.DEFINE_string("json", None, "file to write the results to")
 
 def main(argv: list[str]) -> None:
     """Print a line as each check ends, then all that was found."""
+    keep_programs()
     if len(argv) > 1:
         raise app.UsageError(f"unexpected arguments {argv[1:]}")
     logging.set_verbosity(logging.WARNING)

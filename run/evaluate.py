@@ -21,6 +21,7 @@ from r1re_jax.report.summary import print_metrics
 from r1re_jax.task.readers import data_sha256, resolve_data
 from r1re_jax.task.relations import load_guide
 from r1re_jax.task.tasks import TaskKind, make_task
+from run.programs import keep_programs
 
 MODEL = flags.DEFINE_string("model", None, "model folder or work directory", required=True)
 DATA = flags.DEFINE_string("data", None, "examples, .jsonl or .jsonl.gz", required=True)
@@ -47,6 +48,7 @@ LIMITS = [
 
 def main(argv: list[str]) -> None:
     """Read the data before the model is loaded, so that bad input costs nothing."""
+    keep_programs()
     logging.set_verbosity(logging.WARNING)  # Orbax tells of every read in a dozen lines
     if len(argv) > 1:
         raise app.UsageError(f"unexpected arguments {argv[1:]}")

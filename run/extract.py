@@ -21,6 +21,7 @@ from r1re_jax.policy_files import load_policy
 from r1re_jax.task.readers import resolve_data
 from r1re_jax.task.relations import DataError, load_guide
 from r1re_jax.task.tasks import AnyExample, Task, TaskKind, make_task
+from run.programs import keep_programs
 
 MODEL = flags.DEFINE_string("model", None, "model folder or work directory", required=True)
 GUIDE = flags.DEFINE_string("guide", None, "annotation guide, Markdown", required=True)
@@ -48,6 +49,7 @@ def asked(texts: Sequence[str], task: Task) -> Iterator[AnyExample]:
 
 def main(argv: list[str]) -> None:
     """Read every text before the model is loaded, so that bad input costs nothing."""
+    keep_programs()
     logging.set_verbosity(logging.WARNING)  # Orbax tells of every read in a dozen lines
     if len(argv) < 2:
         raise app.UsageError('give a text with <e1>…</e1> and <e2>…</e2>, or "-" to read lines')

@@ -24,6 +24,7 @@ from r1re_jax.train.parity import ParityError
 from r1re_jax.train.settings import Settings
 from r1re_jax.train.signals import StopSignals
 from r1re_jax.train.update import NonFiniteError, SamplerDriftError
+from run.programs import keep_programs
 from run.recipe import define_config, parse
 
 CONFIG = define_config()
@@ -60,6 +61,7 @@ def train(config: Mapping[str, Any], workdir: pathlib.Path, *, again: str) -> Se
 
 def main(argv: list[str]) -> None:
     """Train as the flags say."""
+    keep_programs()
     if len(argv) > 1:
         raise app.UsageError(f"unexpected arguments {argv[1:]}")
     again = shlex.join([sys.executable, "-m", "run.train", *sys.argv[1:]])

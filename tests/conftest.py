@@ -1,31 +1,21 @@
 """What every test gets: eight simulated devices, strict shapes, quiet libraries, shared data."""
 
-import hashlib
 import os
 import pathlib
-import platform
 import random
 from collections.abc import Generator
 
+from run.programs import machine
+
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 CACHE = ROOT / ".cache"
-
-
-def _machine() -> str:
-    """Names the processor's instruction set: a compiled program serves no other."""
-    try:
-        lines = pathlib.Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        lines = [platform.processor()]
-    flags = sorted({line for line in lines if line.startswith(("flags", "Features", "model name"))})
-    return hashlib.sha256("\n".join([platform.machine(), *flags]).encode()).hexdigest()[:12]
 
 
 # jax reads these when it is imported, and processes that tests start inherit them.
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("MPLBACKEND", "Agg")
-os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(CACHE / "jax" / _machine()))
+os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(CACHE / "jax" / machine()))
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.5")
 _DEVICES = "--xla_force_host_platform_device_count"
 if _DEVICES not in os.environ.get("XLA_FLAGS", ""):

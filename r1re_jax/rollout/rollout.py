@@ -44,12 +44,16 @@ class Progress:
         limit: most tokens of a row.
         rows_done: completions that have ended.
         rows: completions in all.
+        batch: rows of the compiled batch, finished and blank ones included.
+        width: slots of a row in the cache of completions.
     """
 
     tokens: int
     limit: int
     rows_done: int
     rows: int
+    batch: int
+    width: int
 
 
 def generate(
@@ -143,7 +147,15 @@ def generate(
             step, done = (np.asarray(x) for x in told)
         left = int(np.sum(~done))
         if on_chunk is not None:
-            on_chunk(Progress(tokens=int(step), limit=limit, rows_done=rows - left, rows=rows))
+            progress = Progress(
+                tokens=int(step),
+                limit=limit,
+                rows_done=rows - left,
+                rows=rows,
+                batch=done.size,
+                width=state.past.key[0].shape[-2],
+            )
+            on_chunk(progress)
         if step == limit or not left:
             break
     drawn, shape = state.drawn, keys.shape

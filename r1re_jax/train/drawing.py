@@ -7,7 +7,7 @@ import jax
 import numpy as np
 
 from r1re_jax.model.qwen import Cache
-from r1re_jax.model.tree import Level
+from r1re_jax.model.tree import Level, Tree
 from r1re_jax.policy import Limits
 from r1re_jax.rollout.decode import prefill
 from r1re_jax.rollout.keys import Purpose, example_ids, row_keys
@@ -61,7 +61,15 @@ class Drawing:
     seed: int
     layout: Layout
 
-    def draw(self, params: Params, number: int, *, tick: Tick, clock: Clock) -> Drawn:
+    def draw(
+        self,
+        params: Params,
+        number: int,
+        *,
+        tick: Tick,
+        clock: Clock,
+        meanwhile: Callable[[Tree, Rollout], None] = lambda tree, rollout: None,
+    ) -> Drawn:
         """Draw groups of P questions a guide; again while too few of them have signal.
 
         Args:
@@ -69,6 +77,8 @@ class Drawing:
             number: of the step, from 1.
             tick: called with what goes on; what it raises ends the drawing.
             clock: its laps `rollout` and `reward` are taken here.
+            meanwhile: called with what was drawn before it is judged: may give the device work to
+                do while the host reads completions.
 
         Raises:
             LimitError: a guide or question that is too long.
@@ -86,6 +96,7 @@ class Drawing:
             keys = row_keys(self.seed, Purpose.TRAIN, number, ids[:, part], range(settings.group))
             rollout = self._rollout(params, caches, level, keys, tick)
             clock.lap("rollout")
+            meanwhile(Tree(guide, level, Level(rollout.tokens, rollout.length)), rollout)
             below = [Lesson(lesson.guide, lesson.examples[part]) for lesson in lessons]
             groups.append(self._judge(below, level, rollout, tick))
             clock.lap("reward")

@@ -117,14 +117,23 @@ class GRPO:
             LimitError: a guide or question that is too long.
         """
         clock, params = Clock(), self.programs.whole(state.params)
-        drawn = self.drawing.draw(params, number, tick=tick, clock=clock)
-        kept = drawn.groups.choose(self.settings.questions)
-        advantage_NPG = self._advantages(kept)
-        completion = Level(kept.rollout.tokens, kept.rollout.length)
-        tree = Tree(drawn.guide, kept.question, completion)
         moving = None if state.reference is None else self.programs.whole(state.reference)
         reference = self.reference if moving is None else moving
-        batch = self._scored(params, reference, tree, kept.rollout, advantage_NPG, tick)
+        begun: list[list[GRPOBlock]] = []
+
+        def score(tree: Tree, rollout: Rollout) -> None:
+            begun.append(self._scored(params, reference, tree, rollout, tick))
+
+        # Which groups are kept does not depend on rewards where no others are drawn in their place:
+        # then the device scores while the host judges.
+        early = score if not self.settings.refill else lambda tree, rollout: None
+        drawn = self.drawing.draw(params, number, tick=tick, clock=clock, meanwhile=early)
+        kept = drawn.groups.choose(self.settings.questions)
+        advantage_NPG = self._advantages(kept)
+        if not begun:
+            completion = Level(kept.rollout.tokens, kept.rollout.length)
+            score(Tree(drawn.guide, kept.question, completion), kept.rollout)
+        batch = self._compared(begun[0], advantage_NPG)
         clock.lap("reference")
         state, gradients = self._updates(state, batch, tick)
         if state.reference is not None:
@@ -163,10 +172,12 @@ class GRPO:
         reference: Params | None,
         tree: Tree,
         rollout: Rollout,
-        advantage_NPG: np.ndarray,
         tick: Tick,
     ) -> list[GRPOBlock]:
-        """Cut the step into micro-batches and score them under the frozen policies they need."""
+        """Cut the step into micro-batches and score them under the frozen policies they need.
+
+        The scores are begun, not awaited; advantages are still blank.
+        """
         settings = self.settings
         mask_NPGC = length_mask(rollout.length, rollout.tokens.shape[-1])
         if settings.mask_truncated:
@@ -182,14 +193,24 @@ class GRPO:
             batch.append(
                 GRPOBlock(
                     tree=part,
-                    advantage_NPG=block.of(advantage_NPG),
+                    advantage_NPG=None,
                     weight_NPGC=block.of(weight_NPGC),
                     sampler_logp_NPGC=block.of(rollout.logp),
                     ref_logp_NPGC=ref_logp,
                     old_logp_NPGC=old,
                 )
             )
-        return jax.block_until_ready(batch)
+        return batch
+
+    def _compared(self, batch: Sequence[GRPOBlock], advantage_NPG: np.ndarray) -> list[GRPOBlock]:
+        """Give each block its advantages, and wait for its scores."""
+        settings = self.settings
+        cut = blocks(settings.trees, settings.questions, settings.micro_batch)
+        whole = [
+            dataclasses.replace(of, advantage_NPG=block.of(advantage_NPG))
+            for block, of in zip(cut, batch, strict=True)
+        ]
+        return jax.block_until_ready(whole)
 
     def _updates(
         self, state: TrainState, batch: Sequence[GRPOBlock], tick: Tick

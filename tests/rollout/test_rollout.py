@@ -239,7 +239,9 @@ def test_decoding_ends_when_all_rows_are_done() -> None:
     every = tuple(range(64))
     rollout = draw(make_levels(), make_keys(), stop_ids=every, on_chunk=seen.append)
     assert (rollout.length == 1).all()
-    assert seen == [Progress(tokens=1, limit=C, rows_done=N * P * G, rows=N * P * G)]
+    rows = N * P * G
+    whole = Progress(tokens=1, limit=C, rows_done=rows, rows=rows, batch=rows, width=16)
+    assert seen == [whole]
 
 
 def test_on_chunk_sees_every_chunk() -> None:

@@ -72,7 +72,11 @@ def canned(seen: Seen) -> Iterator[None]:
         rows = asked["keys"].size
         for tokens in range(asked["chunk"], asked["limit"] + asked["chunk"], asked["chunk"]):
             drawn = min(tokens, asked["limit"])
-            asked["on_chunk"](Progress(tokens=drawn, limit=asked["limit"], rows_done=0, rows=rows))
+            asked["on_chunk"](
+                Progress(
+                    tokens=drawn, limit=asked["limit"], rows_done=0, rows=rows, batch=rows, width=8
+                )
+            )
         return completions(asked["keys"].shape, limit=asked["limit"])
 
     with pytest.MonkeyPatch.context() as patch:

@@ -238,6 +238,29 @@ def test_groups_without_signal_give_their_place_to_fresh_ones(
     )
 
 
+@pytest.mark.parametrize(("refill", "first"), [(0, "score"), (1, "judge")])
+def test_the_device_scores_while_the_host_judges(
+    refill: int, first: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Scores are asked for before completions are read, unless others may take their place."""
+    heard = []
+
+    def judge(*args: object, **more: object) -> Verdict:
+        heard.append("judge")
+        return _verdict(*args, **more)
+
+    monkeypatch.setattr(tasks, "relation_reward", judge)
+    phase, state = _begin(dataclasses.replace(SETTINGS, refill=refill))
+
+    def score(*args: object) -> jax.Array:
+        heard.append("score")
+        return phase.score(*args)
+
+    dataclasses.replace(phase, score=score).step(state, 1, tick=lambda note: None)
+    assert set(heard) == {"score", "judge"}
+    assert heard[0] == first
+
+
 def test_refilling_ends_with_its_budget(monkeypatch: pytest.MonkeyPatch) -> None:
     settings = dataclasses.replace(SETTINGS, trees=2, questions=2, refill=1)
     names = _asked(settings)
@@ -283,8 +306,8 @@ def test_a_step_can_be_given_up_at_every_part() -> None:
     notes = []
     phase.step(_copy(state), 1, tick=notes.append)
     kinds = [note.split()[0] for note in notes]
-    assert kinds == ["rollout"] * 2 + ["reward"] * 8 + ["reference"] * 2 + ["update"] * 2
-    for place in (0, 5, 10, 13):
+    assert kinds == ["rollout"] * 2 + ["reference"] * 2 + ["reward"] * 8 + ["update"] * 2
+    for place in (0, 3, 5, 10, 13):
         left = [place]
 
         def tick(note: str, left: list[int] = left) -> None:

@@ -41,6 +41,7 @@ def train(config: Mapping[str, Any], workdir: pathlib.Path, *, again: str) -> Se
         workdir: folder of the run.
         again: command that goes on after a signal.
     """
+    keep_programs()
     logging.set_verbosity(logging.WARNING)  # Orbax tells of every save in a dozen lines
     with StopSignals() as signals, contextlib.closing(open_progress(sys.stderr)) as progress:
 
@@ -61,7 +62,6 @@ def train(config: Mapping[str, Any], workdir: pathlib.Path, *, again: str) -> Se
 
 def main(argv: list[str]) -> None:
     """Train as the flags say."""
-    keep_programs()
     if len(argv) > 1:
         raise app.UsageError(f"unexpected arguments {argv[1:]}")
     again = shlex.join([sys.executable, "-m", "run.train", *sys.argv[1:]])

@@ -4,6 +4,7 @@ python -m run.train --config=configs/F.py --workdir=W [--config.grpo.steps=200 .
 
 W gets config.json, metrics.jsonl, completions/, eval/ and checkpoints/. The same command goes on
 where the run was interrupted. SIGTERM and SIGINT save and end with 143 and 130; a second kills.
+--profile=3 traces three steps of each phase into W/profile.
 """
 
 import contextlib
@@ -21,6 +22,7 @@ from r1re_jax.train.config import read_settings
 from r1re_jax.train.hooks import Hooks
 from r1re_jax.train.loop import Outcome, run_training
 from r1re_jax.train.parity import ParityError
+from r1re_jax.train.profile import StepProfiler
 from r1re_jax.train.settings import Settings
 from r1re_jax.train.signals import StopSignals
 from r1re_jax.train.update import NonFiniteError, SamplerDriftError
@@ -31,18 +33,28 @@ CONFIG = define_config()
 WORKDIR = flags.DEFINE_string(
     "workdir", None, "folder of the run, new or to go on in", required=True
 )
+PROFILE = flags.DEFINE_integer(
+    "profile",
+    0,
+    "steps of each phase to trace, from its second on, into WORKDIR/profile",
+    lower_bound=0,
+)
 
 
-def train(config: Mapping[str, Any], workdir: pathlib.Path, *, again: str) -> Settings:
+def train(
+    config: Mapping[str, Any], workdir: pathlib.Path, *, again: str, profile: int = 0
+) -> Settings:
     """Train until the last step; a signal or a problem ends the process.
 
     Args:
         config: as a recipe returns it.
         workdir: folder of the run.
         again: command that goes on after a signal.
+        profile: steps of each phase to trace.
     """
     keep_programs()
     logging.set_verbosity(logging.WARNING)  # Orbax tells of every save in a dozen lines
+    profiler = StepProfiler(workdir / "profile", steps=profile)
     with StopSignals() as signals, contextlib.closing(open_progress(sys.stderr)) as progress:
 
         def writers(resume_step: int) -> tuple[Writer, ...]:
@@ -50,12 +62,20 @@ def train(config: Mapping[str, Any], workdir: pathlib.Path, *, again: str) -> Se
             board = TensorBoardWriter(workdir / "tensorboard", resume_step=resume_step)
             return numbers, board, progress
 
-        hooks = Hooks(poll=signals.poll, writers=writers, progress=progress)
+        hooks = Hooks(
+            poll=signals.poll,
+            writers=writers,
+            progress=progress,
+            before_step=profiler.before_step,
+        )
         try:
             settings = read_settings(config)
-            outcome = run_training(settings, workdir, hooks=hooks)
+            with contextlib.closing(profiler):
+                outcome = run_training(settings, workdir, hooks=hooks)
         except (ValueError, OSError, NonFiniteError, ParityError, SamplerDriftError) as error:
             sys.exit(f"run.train: {error}")
+    if profile:
+        print(_traced(profiler))
     _farewell(outcome, workdir, again)
     return settings
 
@@ -65,7 +85,14 @@ def main(argv: list[str]) -> None:
     if len(argv) > 1:
         raise app.UsageError(f"unexpected arguments {argv[1:]}")
     again = shlex.join([sys.executable, "-m", "run.train", *sys.argv[1:]])
-    train(CONFIG.value, pathlib.Path(WORKDIR.value), again=again)
+    train(CONFIG.value, pathlib.Path(WORKDIR.value), again=again, profile=PROFILE.value)
+
+
+def _traced(profiler: StepProfiler) -> str:
+    if not profiler.traces:
+        return "nothing was traced: no phase had a second step, and its first one compiles"
+    look = f"pip install xprof; xprof server --logdir={shlex.quote(str(profiler.folder))}"
+    return f"traced {', '.join(profiler.traces)}. To look at it: {look}"
 
 
 def _farewell(outcome: Outcome, workdir: pathlib.Path, again: str) -> None:

@@ -1,9 +1,11 @@
 """What every test gets: eight simulated devices, strict shapes, quiet libraries, shared data."""
 
+import importlib
 import os
 import pathlib
 import random
-from collections.abc import Generator
+import sys
+from collections.abc import Callable, Generator, Iterator
 
 from run.programs import machine
 
@@ -25,6 +27,7 @@ import hypothesis  # noqa: E402
 import jax  # noqa: E402
 import numpy as np  # noqa: E402
 import pytest  # noqa: E402
+from absl import flags  # noqa: E402
 from hypothesis.configuration import set_hypothesis_home_dir  # noqa: E402
 
 # An array of lower rank is never stretched by accident: write out the axis it broadcasts along.
@@ -96,3 +99,29 @@ def pytest_runtest_makereport(
         report.outcome = "failed"
         report.longrepr = f"{item.nodeid} was skipped, but the real data is here: {report.longrepr}"
     return report
+
+
+def _forget_commands() -> None:
+    """Undo the imports of commands: two that define a flag of one name cannot live together."""
+    values = flags.FLAGS
+    for module, defined in list(values.flags_by_module_dict().items()):
+        if module.startswith("run."):
+            for flag in list(defined):
+                delattr(values, flag.name)
+    for name in [name for name in sys.modules if name.startswith("run.")]:
+        del sys.modules[name]
+
+
+@pytest.fixture
+def command() -> Iterator[Callable[..., None]]:
+    """Run `python -m run.NAME args` in this process; it may raise SystemExit."""
+    _forget_commands()
+
+    def run(name: str, *args: object) -> None:
+        _forget_commands()
+        module = importlib.import_module(f"run.{name}")
+        module.main(flags.FLAGS([name, *map(str, args)]))
+
+    yield run
+    _forget_commands()
+    flags.FLAGS.unparse_flags()

@@ -6,16 +6,17 @@ import json
 import pathlib
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import pytest
-from absl import flags
 
 from r1re_jax.model.config import Family
 from r1re_jax.policy_files import save_policy
 from r1re_jax.task.readers import write_jsonl
 from r1re_jax.task.triplets.examples import Entity, Triplet, TripletExample
 from r1re_jax.task.triplets.readers import write_triplets
+from r1re_jax.train.hooks import Hooks
+from r1re_jax.train.loop import Outcome
 from r1re_jax.train.parity import BANDS, Gap, Parity, Way
 from r1re_jax.train.settings import Dtype
 from tests.drawn import drawn_tensors
@@ -30,32 +31,6 @@ LIMITS = ("--limits.guide=448", "--limits.question=128", "--limits.completion=10
 TAGGED = "<e1>Ann</e1> likes <e2>tea</e2>."
 
 Command = Callable[..., None]
-
-
-def _forget_commands() -> None:
-    """Undo the imports of commands: two that define a flag of one name cannot live together."""
-    values = flags.FLAGS
-    for module, defined in list(values.flags_by_module_dict().items()):
-        if module.startswith("run."):
-            for flag in list(defined):
-                delattr(values, flag.name)
-    for name in [name for name in sys.modules if name.startswith("run.")]:
-        del sys.modules[name]
-
-
-@pytest.fixture
-def command() -> Iterator[Command]:
-    """Run `python -m run.NAME args` in this process; it may raise SystemExit."""
-    _forget_commands()
-
-    def run(name: str, *args: object) -> None:
-        _forget_commands()
-        module = importlib.import_module(f"run.{name}")
-        module.main(flags.FLAGS([name, *map(str, args)]))
-
-    yield run
-    _forget_commands()
-    flags.FLAGS.unparse_flags()
 
 
 @pytest.fixture(scope="module")
@@ -382,3 +357,28 @@ def test_train_reports_that_sampler_and_trainer_disagree(
     with pytest.raises(SystemExit, match=r"run\.train: (?s:.*)mean 2\.50e-01, max nan"):
         train(values, tmp_path / "run", again="")
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("profile", "steps", "told"),
+    [(0, 3, "finished"), (1, 1, "nothing was traced: no"), (1, 3, "traced sft-2. To look at it:")],
+)
+def test_train_says_how_to_look_at_a_trace(
+    profile: int,
+    steps: int,
+    told: str,
+    command: Command,
+    tmp_path: pathlib.Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def run_training(settings: object, workdir: object, *, hooks: Hooks) -> Outcome:
+        for step in range(1, steps + 1):
+            hooks.before_step("sft", step)
+        return Outcome(step=steps, steps=steps, stopped=None)
+
+    module = importlib.import_module("run.train")
+    monkeypatch.setattr(module, "run_training", run_training)
+    module.train(config(tmp_path), tmp_path, again="", profile=profile)
+    assert capsys.readouterr().out.startswith(told)
+    assert any(tmp_path.rglob("profile/sft-2/*.xplane.pb")) == told.startswith("traced")

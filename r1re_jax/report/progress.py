@@ -29,6 +29,7 @@ FIGURES = (
     ("kl", "KL", ".4f"),
     ("entropy", "entropy", ".2f"),
     ("tokens_per_second", "tokens/s", ",.0f"),
+    ("mfu", "MFU", ".1%"),
 )
 
 

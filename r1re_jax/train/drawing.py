@@ -1,11 +1,13 @@
 """What a GRPO step draws: the completions of its questions, judged, in groups."""
 
 import dataclasses
+import functools
 from collections.abc import Callable, Sequence
 
 import jax
 import numpy as np
 
+from r1re_jax.model.flops import Lengths
 from r1re_jax.model.qwen import Cache
 from r1re_jax.model.tree import Level, Tree
 from r1re_jax.policy import Limits
@@ -39,6 +41,12 @@ class Drawn:
     guide: Level
     groups: Groups
     draws: int
+
+    @property
+    def lengths(self) -> Lengths:
+        """True tokens of all that was drawn."""
+        groups = self.groups
+        return Lengths(self.guide.length, groups.question.length, groups.rollout.length)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -104,6 +112,7 @@ class Drawing:
                 break
         return Drawn(guide, join(groups), len(groups))
 
+    @functools.partial(jax.profiler.annotate_function, name="rollout")
     def _rollout(
         self,
         params: Params,
@@ -136,6 +145,7 @@ class Drawing:
         )
         return jax.device_get(rollout)
 
+    @functools.partial(jax.profiler.annotate_function, name="reward")
     def _judge(
         self, lessons: Sequence[Lesson], question: Level, rollout: Rollout, tick: Tick
     ) -> Groups:

@@ -4,6 +4,7 @@ import time
 from collections.abc import Sequence
 from typing import Any
 
+import jax
 import numpy as np
 
 from r1re_jax.rl.correction import correction_metrics
@@ -25,16 +26,27 @@ class Clock:
         self._start = self._last = time.perf_counter()
         self._laps: dict[str, float] = {}
 
-    def lap(self, name: str) -> None:
-        """Name what happened since the last lap; laps of one name add up."""
+    def lap(self, name: str, *, after: Any = None) -> None:
+        """Name what happened since the last lap; laps of one name add up.
+
+        Args:
+            name: of the part.
+            after: arrays to wait for, whose computation belongs to it.
+        """
+        jax.block_until_ready(after)
         now = time.perf_counter()
         key = f"seconds_{name}"
         self._laps[key] = self._laps.get(key, 0.0) + now - self._last
         self._last = now
 
     def seconds(self) -> dict[str, float]:
-        """Return the whole and its parts."""
-        return {"seconds": self._last - self._start, **self._laps}
+        """Return the whole until now and its parts; `seconds_other` has no name of its own."""
+        now = time.perf_counter()
+        return {
+            "seconds": now - self._start,
+            **self._laps,
+            "seconds_other": now - self._last,
+        }
 
 
 def completion_rows(

@@ -6,6 +6,7 @@ so that a step can be given up at any `tick` before it.
 """
 
 import dataclasses
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -39,6 +40,7 @@ from r1re_jax.train.figures import (
 )
 from r1re_jax.train.groups import Groups
 from r1re_jax.train.grpo_settings import GRPOSettings
+from r1re_jax.train.meter import Meter, make_meter
 from r1re_jax.train.optimizer import learning_rate, make_optimizer
 from r1re_jax.train.reference import followed
 from r1re_jax.train.state import Layout, Params, TrainState, model_state
@@ -89,6 +91,7 @@ class GRPO:
         score: jitted, (params, tree) -> logp_NPGC.
         reference: all parameters of a frozen reference; None without a KL term, or where the
             reference follows the policy and is part of the state.
+        meter: judges how well steps use the devices.
     """
 
     settings: GRPOSettings
@@ -100,6 +103,7 @@ class GRPO:
     programs: Programs
     score: Callable[[Params, Tree], jax.Array]
     reference: Params | None
+    meter: Meter
 
     @property
     def source(self) -> Source:
@@ -146,7 +150,7 @@ class GRPO:
                     done=number - self.first,
                 ),
             )
-        clock.lap("update")
+        clock.lap("update", after=state.params)
         metrics = {"draws": float(drawn.draws), **sampling_metrics(drawn.groups, self.settings)}
         places_NP = drawn.groups.places(self.settings.questions)
         metrics |= drawing_metrics(drawn.groups, kept, places_NP)
@@ -157,6 +161,7 @@ class GRPO:
         )
         metrics |= {"learning_rate": float(rate(done)), **clock.seconds()}
         metrics["tokens_per_second"] = float(drawn.groups.rollout.length.sum()) / metrics["seconds"]
+        metrics |= self.meter.grpo(drawn.lengths, tree, self.settings, seconds=metrics)
         rows = completion_rows(kept, advantage_NPG, parts=tuple(self.settings.rewards))
         return StepResult(state, metrics, rows)
 
@@ -166,6 +171,7 @@ class GRPO:
         reward_RNPG = np.moveaxis(kept.parts, -1, 0)
         return np.asarray(combined_advantages(reward_RNPG, weights, kind=self.settings.advantage))
 
+    @functools.partial(jax.profiler.annotate_function, name="reference")
     def _scored(
         self,
         params: Params,
@@ -323,6 +329,7 @@ def make_grpo(
         programs=make_programs(loss, layout=layout, optimizer=optimizer, frozen=frozen),
         score=jax.jit(score),
         reference=reference if settings.kl_coefficient else None,
+        meter=make_meter(layout, sampler=sampler),
     )
 
 

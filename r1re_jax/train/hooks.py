@@ -33,8 +33,10 @@ class Hooks:
         poll: called often, at places where the run may stop; raises `Stopped` to stop it there.
         writers: last step that counts (-1: none) -> writers of this run; they drop later steps.
         progress: shown to people; None shows nothing.
+        before_step: called before every step with its phase and number.
     """
 
     poll: Callable[[], None] = lambda: None
     writers: Callable[[int], Sequence[Writer]] = lambda resume_step: ()
     progress: Progress | None = None
+    before_step: Callable[[str, int], None] = lambda phase, number: None

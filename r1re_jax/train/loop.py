@@ -7,6 +7,7 @@ so a resumed run repeats the one that was not interrupted bit by bit.
 """
 
 import dataclasses
+import functools
 import json
 import math
 import os
@@ -14,6 +15,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
+import jax
 import jax.numpy as jnp
 import optax
 from absl import logging
@@ -209,6 +211,7 @@ class _Run:
                 if phase is not settings.phase_of(step + 1):
                     phase = settings.phase_of(step + 1)
                     trainer, state = self._begin(phase, start, state, step)
+                self.hooks.before_step(phase.value, step + 1)
                 result = self._step(trainer, state, step + 1)
                 state, step = completed(result.state), step + 1
                 pending = {"phase": phase.value, **result.metrics}
@@ -274,7 +277,8 @@ class _Run:
     def _step(self, trainer: Trainer, state: TrainState, number: int) -> StepResult:
         """Do a step; what is not finite is written down with the questions that led to it."""
         try:
-            return trainer.step(state, number, tick=self._tick)
+            with jax.profiler.StepTraceAnnotation("train", step_num=number):
+                return trainer.step(state, number, tick=self._tick)
         except NonFiniteError as error:
             path = self.workdir / f"nonfinite-{number}.json"
             lessons = trainer.source.lessons(number - 1)
@@ -322,6 +326,7 @@ class _Run:
         if due and not self.checkpoints.holds(step):
             self._save(state, step, None)
 
+    @functools.partial(jax.profiler.annotate_function, name="evaluation")
     def _evaluate(self, start: Start, state: TrainState, step: int) -> dict[str, float]:
         """Evaluate on every set; figures by `eval/SET/METRIC`."""
         settings, figures = self.settings.evaluate, {}
@@ -359,6 +364,7 @@ class _Run:
             lines = [json.dumps(row, ensure_ascii=False) + "\n" for row in result.completions]
             write_text(self.workdir / "completions" / f"{step}.jsonl", "".join(lines))
 
+    @functools.partial(jax.profiler.annotate_function, name="checkpoint")
     def _save(self, state: TrainState, step: int, pending: Mapping[str, Any] | None) -> None:
         meta = Meta(
             step=step,

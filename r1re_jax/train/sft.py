@@ -24,6 +24,7 @@ from r1re_jax.train.batch import (
     prompt_levels,
     spread_tree,
 )
+from r1re_jax.train.meter import Meter, make_meter
 from r1re_jax.train.optimizer import learning_rate, make_optimizer
 from r1re_jax.train.settings import SFTSettings
 from r1re_jax.train.state import Layout, Params, TrainState
@@ -55,6 +56,7 @@ class SFT:
         source: lessons of a step.
         optimizer: of the phase.
         programs: jitted.
+        meter: judges how well steps use the devices.
     """
 
     settings: SFTSettings
@@ -63,6 +65,7 @@ class SFT:
     source: Source
     optimizer: optax.GradientTransformation
     programs: Programs
+    meter: Meter
 
     def step(self, state: TrainState, number: int, *, tick: Callable[[str], None]) -> StepResult:
         """Do step `number` (from 1) on a state that has completed the one before; donates it.
@@ -89,6 +92,7 @@ class SFT:
             "learning_rate": float(learning_rate(self.settings.optimizer)(number - 1)),
             "tokens_per_second": tokens / seconds,
             "seconds": seconds,
+            **self.meter.sft(tree, seconds=seconds),
         }
         return StepResult(state, metrics)
 
@@ -128,6 +132,7 @@ def make_sft(
         source=source,
         optimizer=optimizer,
         programs=make_programs(loss, layout=layout, optimizer=optimizer, frozen=frozen),
+        meter=make_meter(layout),
     )
 
 

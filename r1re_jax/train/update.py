@@ -1,6 +1,7 @@
 """One update from micro-batches: gradients added up, checked, and only then applied."""
 
 import dataclasses
+import functools
 import math
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
@@ -130,6 +131,7 @@ def make_programs(
     )
 
 
+@functools.partial(jax.profiler.annotate_function, name="update")
 def compute_gradient(
     programs: Programs,
     params: Params,

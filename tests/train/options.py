@@ -149,7 +149,7 @@ def grpo_steps(settings: Settings) -> Any:
             for number in range(1, STEPS + 1):
                 result = phase.step(state, number, tick=heard.append)
                 state = result.state
-                figures = {k: v for k, v in result.metrics.items() if "second" not in k}
+                figures = {k: v for k, v in result.metrics.items() if not k.startswith(world.TIMED)}
                 heard.append(json.dumps([figures, result.completions], sort_keys=True))
         except SamplerDriftError as error:
             heard.append(str(error))

@@ -86,6 +86,7 @@ def test_a_run_leaves_what_it_promises(whole: pathlib.Path, settings: Settings) 
     recipe = json.loads((whole / "policy" / "r1re.json").read_text())
     assert recipe["limits"] == dataclasses.asdict(settings.limits)
     assert recipe["guide_sha256"] == {"Tiny": tiny_guide().sha256}
+    assert not (whole / "profile").exists(), "nobody asked for a trace"
 
 
 def test_the_work_directory_is_a_policy(whole: pathlib.Path) -> None:

@@ -1,0 +1,91 @@
+"""How a step's use of its devices comes from counts, seconds and peaks."""
+
+import dataclasses
+
+import numpy as np
+import pytest
+
+from r1re_jax.model.flops import Lengths, decode_bytes, step_flops, tree_load, update_flops
+from r1re_jax.model.lora import Lora, adapt
+from r1re_jax.model.peaks import Peak
+from r1re_jax.model.qwen import abstract_qwen
+from r1re_jax.model.tree import Level, Tree
+from r1re_jax.train import meter as meter_module
+from r1re_jax.train.grpo_settings import GRPOSettings
+from r1re_jax.train.meter import Meter, make_meter
+from r1re_jax.train.state import Layout, model_layout
+from tests.tiny import random_level, tiny_config
+from tests.train.world import mesh_of
+
+CONFIG = tiny_config()
+SECONDS = {"seconds": 4.0, "seconds_rollout": 0.5}
+
+
+def _layout(mesh: tuple[int, int, int] = (1, 1, 1), *, dtype: str = "float32") -> Layout:
+    return model_layout(abstract_qwen(CONFIG, dtype=dtype), mesh_of(*mesh))
+
+
+def _tree(questions: int = 2) -> Tree:
+    random = np.random.default_rng(questions)
+    guide, question = random_level(random, (1, 9)), random_level(random, (1, questions, 5), least=1)
+    return Tree(guide, question, random_level(random, (1, questions, 3, 8), least=1))
+
+
+@pytest.fixture
+def known(monkeypatch: pytest.MonkeyPatch) -> Peak:
+    peak = Peak({"bfloat16": 2e9, "float32": 1e9}, 1e8)
+    monkeypatch.setattr(meter_module, "peak_of", lambda kind: peak)
+    return peak
+
+
+def test_where_no_peak_is_known_there_is_no_share_of_it() -> None:
+    meter, tree = make_meter(_layout()), _tree()
+    expected = update_flops(CONFIG, tree_load(Lengths.of(tree))) / 2 / 1e12
+    assert meter.sft(tree, seconds=2.0) == {"tflops": pytest.approx(expected)}
+    found = meter.grpo(Lengths.of(tree), tree, GRPOSettings(questions=2), seconds=SECONDS)
+    assert found.keys() == {"tflops"}
+
+
+def test_shares_are_of_all_devices(known: Peak) -> None:
+    layout, tree = _layout((2, 2, 2), dtype="bfloat16"), _tree()
+    meter = make_meter(layout, sampler=_layout((2, 2, 2)))
+    settings = GRPOSettings(questions=2, kl_coefficient=0.1, inner_iterations=2)
+    lengths = Lengths.of(tree)
+    found = meter.grpo(lengths, tree, settings, seconds=SECONDS)
+    counted = step_flops(CONFIG, drawn=lengths, kept=lengths, scored=2, updates=2).total
+    assert found["tflops"] == pytest.approx(counted / 4 / 1e12)
+    assert found["mfu"] == pytest.approx(counted / 4 / (8 * 2e9))
+    # The sampler computes in float32, and four groups of two devices each read all weights.
+    moved = decode_bytes(CONFIG, lengths, itemsize=4, copies=4)
+    assert found["hbm_use"] == pytest.approx(moved / 0.5 / (8 * 1e8))
+    assert meter.sft(tree, seconds=4.0)["mfu"] < found["mfu"]
+
+
+def test_rounds_are_decoded_one_after_the_other(known: Peak) -> None:
+    meter, tree = make_meter(_layout()), _tree(4)
+    lengths = Lengths.of(tree)
+    halves = [
+        Lengths(lengths.guide, lengths.question[:, part], lengths.completion[:, part])
+        for part in (slice(0, 2), slice(2, 4))
+    ]
+    kept = Tree(
+        tree.guide,
+        *(Level(x.tokens[:, :2], x.length[:, :2]) for x in (tree.question, tree.completion)),
+    )
+    found = meter.grpo(lengths, kept, GRPOSettings(questions=2), seconds=SECONDS)
+    moved = sum(decode_bytes(CONFIG, half, itemsize=4) for half in halves)
+    assert found["hbm_use"] == pytest.approx(moved / 0.5 / 1e8)
+    none = GRPOSettings(questions=2, kl_coefficient=0.0)
+    assert meter.grpo(lengths, kept, none, seconds=SECONDS)["tflops"] < found["tflops"]
+
+
+def test_an_adapter_is_known_by_its_parameters() -> None:
+    layout = model_layout(adapt(abstract_qwen(CONFIG), Lora(rank=3)), mesh_of(1, 1, 1))
+    meter = make_meter(layout)
+    assert meter.adapter == sum(shape.size for shape in layout.shapes.values())
+    whole = dataclasses.replace(meter, adapter=0)
+    assert _rate(meter) < _rate(whole)
+
+
+def _rate(meter: Meter) -> float:
+    return meter.sft(_tree(), seconds=1.0)["tflops"]

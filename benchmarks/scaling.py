@@ -16,7 +16,7 @@ from absl import app, flags
 
 from benchmarks import machine, sides
 from benchmarks.tiny_step import CONFIG, GROUP, QUESTIONS, Shape, Step
-from r1re_jax.model.flops import step_flops
+from r1re_jax.model.flops import Lengths, step_flops
 
 ROUNDS = flags.DEFINE_integer("rounds", 5, "how often each side takes its turn", lower_bound=1)
 JSON = flags.DEFINE_string("json", "", "write the result to this file, too")
@@ -29,16 +29,16 @@ SIDES = {
 }
 
 
-def flops(shape: Shape, group: int) -> float:
+def flops(shape: Shape, group: int) -> int:
     """Operations of a step, all its parts."""
-    return step_flops(
-        CONFIG,
+    lengths = Lengths.even(
         guide=shape.shared,
         question=shape.question,
         completion=shape.completion,
         questions=QUESTIONS,
         group=group,
-    ).total
+    )
+    return step_flops(CONFIG, drawn=lengths, kept=lengths).total
 
 
 def main(argv: list[str]) -> None:

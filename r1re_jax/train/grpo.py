@@ -134,9 +134,10 @@ class GRPO:
         drawn = self.drawing.draw(params, number, tick=tick, clock=clock, meanwhile=early)
         kept = drawn.groups.choose(self.settings.questions)
         advantage_NPG = self._advantages(kept)
+        completion = Level(kept.rollout.tokens, kept.rollout.length)
+        tree = Tree(drawn.guide, kept.question, completion)
         if not begun:
-            completion = Level(kept.rollout.tokens, kept.rollout.length)
-            score(Tree(drawn.guide, kept.question, completion), kept.rollout)
+            score(tree, kept.rollout)
         batch = self._compared(begun[0], advantage_NPG)
         clock.lap("reference")
         state, gradients = self._updates(state, batch, tick)

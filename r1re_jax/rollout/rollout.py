@@ -11,9 +11,10 @@ from jax.sharding import Mesh
 from r1re_jax import sharding
 from r1re_jax.model.qwen import Cache
 from r1re_jax.model.tree import Level
-from r1re_jax.rollout import decode, shapes
+from r1re_jax.rollout import decode
 from r1re_jax.rollout.sampling import SamplingSettings
-from r1re_jax.rollout.shapes import least_holding
+from r1re_jax.rollout.shapes import least_holding, row_counts, slots, widths
+from r1re_jax.rollout.state import DecodeState, Drawn, Program, compact, grown
 
 
 @jax.tree_util.register_dataclass
@@ -99,21 +100,8 @@ def generate(
         ValueError: limit or chunk below 1, compaction below 0, no stop token, or keys that do not
             fit the questions.
     """
-    if limit < 1 or chunk < 1:
-        raise ValueError(f"limit is {limit} and chunk is {chunk} tokens; both must be at least 1")
-    if compaction < 0:
-        raise ValueError(f"compaction is {compaction} sizes; it must be at least 0")
-    if not stop_ids:
-        raise ValueError(
-            "there is no stop token: every completion would run to the limit; give stop_ids"
-        )
-    questions = levels[-1].length.shape
-    if keys.shape[:-1] != questions:
-        raise ValueError(
-            f"keys have shape {list(keys.shape)} and the questions {list(questions)}; expected keys"
-            " [*questions, G]"
-        )
-    program = decode.Program(
+    _check(levels[-1], keys, limit=limit, chunk=chunk, compaction=compaction, stop_ids=stop_ids)
+    program = Program(
         settings=settings,
         stop_ids=tuple(int(stop) for stop in stop_ids),
         pad_id=int(pad_id),
@@ -124,25 +112,13 @@ def generate(
     hidden, caches = decode.prefill(
         graph, params, tuple(levels), ancestors=tuple(ancestors), mesh=mesh
     )
-    room = shapes.widths(limit)
-    state = decode.start_state(graph, params, hidden, caches, keys, width=room[0], program=program)
-    per_tree = questions[-1] * keys.shape[-1]
-    ways = 1 if mesh is None else sharding.question_ways(mesh)
-    counts = shapes.row_counts(per_tree, steps=compaction, ways=ways)
-    step, done, rows = 1, np.asarray(state.done), keys.size
+    sizes = _Sizes.of(keys.shape, compaction=compaction, program=program)
+    width = sizes.widths[0]
+    state = decode.start_state(graph, params, hidden, caches, keys, width=width, program=program)
+    step, done = 1, np.asarray(state.done)
     while True:
         if step < limit and not done.all():
-            active = ~done.reshape(*questions[:-1], -1)
-            count = least_holding(counts, active.sum(-1).max())
-            # For less than a chunk another program is not worth its compilation.
-            if count < active.shape[-1] and limit - step >= chunk:
-                slots = _slots(active, count)
-                state, question = decode.compact(state, caches[-1], slots, program=program)
-                caches = (*caches[:-1], question)
-            width = least_holding(room, shapes.slots(min(int(step) + chunk, limit) - 1))
-            if width > state.past.key[0].shape[-2]:
-                past = decode.grown(state.past, width=width, program=program)
-                state = dataclasses.replace(state, past=past)
+            state, caches = sizes.fitted(state, caches, done=done, step=int(step))
             state, told = decode.decode_chunk(graph, params, state, caches, program=program)
             step, done = (np.asarray(x) for x in told)
         left = int(np.sum(~done))
@@ -150,23 +126,94 @@ def generate(
             progress = Progress(
                 tokens=int(step),
                 limit=limit,
-                rows_done=rows - left,
-                rows=rows,
+                rows_done=keys.size - left,
+                rows=keys.size,
                 batch=done.size,
                 width=state.past.key[0].shape[-2],
             )
             on_chunk(progress)
         if step == limit or not left:
             break
-    drawn, shape = state.drawn, keys.shape
-    take = lambda x: x[..., :-1, :limit].reshape(*shape, limit)  # noqa: E731
-    flag = lambda x: x[..., :-1].reshape(shape)  # noqa: E731
+    return _rollout(state.drawn, keys.shape)
+
+
+def _check(
+    question: Level,
+    keys: jax.Array,
+    *,
+    limit: int,
+    chunk: int,
+    compaction: int,
+    stop_ids: Sequence[int],
+) -> None:
+    """Refuse arguments of `generate` that have no meaning."""
+    if limit < 1 or chunk < 1:
+        raise ValueError(f"limit is {limit} and chunk is {chunk} tokens; both must be at least 1")
+    if compaction < 0:
+        raise ValueError(f"compaction is {compaction} sizes; it must be at least 0")
+    if not stop_ids:
+        raise ValueError(
+            "there is no stop token: every completion would run to the limit; give stop_ids"
+        )
+    questions = question.length.shape
+    if keys.shape[:-1] != questions:
+        raise ValueError(
+            f"keys have shape {list(keys.shape)} and the questions {list(questions)}; expected keys"
+            " [*questions, G]"
+        )
+
+
+def _rollout(drawn: Drawn, shape: Sequence[int]) -> Rollout:
+    """Give completions [*, P, G] the shape of their keys, without the spare one of a tree."""
+    rows = lambda x, axis: jax.lax.slice_in_dim(x, 0, x.shape[axis] - 1, axis=axis)  # noqa: E731
+    take = lambda x: rows(x, -2).reshape(*shape, -1)  # noqa: E731
+    flag = lambda x: rows(x, -1).reshape(shape)  # noqa: E731
     return Rollout(
         tokens=take(drawn.tokens),
         length=flag(drawn.length),
         logp=take(drawn.logp),
         truncated=~flag(drawn.done),
     )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class _Sizes:
+    """The shapes that a rollout's batch can have.
+
+    Attributes:
+        rows: of a tree, falling.
+        widths: of the cache of what rows have written, rising.
+        program: what the rollout is compiled for.
+    """
+
+    rows: tuple[int, ...]
+    widths: tuple[int, ...]
+    program: Program
+
+    @classmethod
+    def of(cls, shape: Sequence[int], *, compaction: int, program: Program) -> "_Sizes":
+        """Those of completions [*, P, G]."""
+        ways = 1 if program.mesh is None else sharding.question_ways(program.mesh)
+        rows = row_counts(shape[-2] * shape[-1], steps=compaction, ways=ways)
+        return cls(rows=rows, widths=widths(program.limit), program=program)
+
+    def fitted(
+        self, state: DecodeState, caches: Sequence[Cache], *, done: np.ndarray, step: int
+    ) -> tuple[DecodeState, tuple[Cache, ...]]:
+        """Drop finished rows and make room for a chunk, where that gives another shape."""
+        chunk, limit = self.program.chunk, self.program.limit
+        active = ~done.reshape(*done.shape[:-2], -1)
+        count = least_holding(self.rows, active.sum(-1).max())
+        # For less than a chunk another program is not worth its compilation.
+        if count < active.shape[-1] and limit - step >= chunk:
+            kept = _slots(active, count)
+            state, question = compact(state, caches[-1], kept, program=self.program)
+            caches = (*caches[:-1], question)
+        width = least_holding(self.widths, slots(min(step + chunk, limit) - 1))
+        if width > state.past.key[0].shape[-2]:
+            past = grown(state.past, width=width, program=self.program)
+            state = dataclasses.replace(state, past=past)
+        return state, tuple(caches)
 
 
 def _slots(active: np.ndarray, count: int) -> np.ndarray:

@@ -106,8 +106,10 @@ def row_steps(seed: int, *, compaction: int = COMPACTION) -> tuple[float, int]:
     lengths = np.clip(np.ceil(np.exp(drawn)), 1, CAP).astype(int)
     fake, seen = FakeDecoding(lengths), []
     with pytest.MonkeyPatch.context() as patch:
-        for name in ("prefill", "start_state", "decode_chunk", "compact", "grown"):
+        for name in ("prefill", "start_state", "decode_chunk"):
             patch.setattr(decode, name, getattr(fake, name))
+        for name in ("compact", "grown"):
+            patch.setattr(rollout, name, getattr(fake, name))
         with pytest.raises(_Ended):
             rollout.generate(
                 None,

@@ -18,6 +18,7 @@ from r1re_jax.rollout import decode, shapes
 from r1re_jax.rollout.keys import Purpose, example_ids, row_keys
 from r1re_jax.rollout.rollout import Progress, Rollout, generate
 from r1re_jax.rollout.sampling import SamplingSettings
+from r1re_jax.rollout.state import DecodeState, Program
 from tests.oracles import flat_qwen
 from tests.tiny import random_level, tiny_model
 
@@ -209,7 +210,7 @@ def test_compaction_changes_no_sample(
     rows: list[tuple[int, ...]] = []
     whole = decode.decode_chunk
 
-    def counted(graph: object, params: object, state: decode.DecodeState, *a: object, **k: object):
+    def counted(graph: object, params: object, state: DecodeState, *a: object, **k: object):
         rows.append((*state.done.shape, state.past.key[0].shape[-2]))
         return whole(graph, params, state, *a, **k)
 
@@ -275,9 +276,7 @@ def test_nothing_is_compiled_twice(caplog: pytest.LogCaptureFixture) -> None:
 
 
 def test_the_own_cache_is_updated_in_place() -> None:
-    program = decode.Program(
-        settings=SamplingSettings(), stop_ids=STOPS, pad_id=PAD, limit=C, chunk=4
-    )
+    program = Program(settings=SamplingSettings(), stop_ids=STOPS, pad_id=PAD, limit=C, chunk=4)
     hidden, caches = decode.prefill(GRAPH, PARAMS, make_levels())
     keys = make_keys()
     state = decode.start_state(GRAPH, PARAMS, hidden, caches, keys, width=24, program=program)

@@ -1,0 +1,203 @@
+"""What a rollout carries from chunk to chunk, and how its batch changes its shape in between.
+
+Finished rows are dropped (`compact`), and the cache of what rows have written grows (`grown`).
+Which shapes there can be is known beforehand, see `r1re_jax.rollout.shapes`.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh, NamedSharding
+
+from r1re_jax import sharding
+from r1re_jax.model.qwen import Cache, KeyValue, Qwen
+from r1re_jax.rollout.sampling import SamplingSettings
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Program:
+    """What a decoding program is compiled for.
+
+    Attributes:
+        settings: how a token is drawn.
+        stop_ids: tokens that end a completion.
+        pad_id: written behind the end.
+        limit: C, most tokens of a completion, the stop token included.
+        chunk: tokens that are drawn at a time.
+        mesh: where to compute; None: wherever the arguments are.
+    """
+
+    settings: SamplingSettings
+    stop_ids: tuple[int, ...]
+    pad_id: int
+    limit: int
+    chunk: int
+    mesh: Mesh | None = None
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Drawn:
+    """What has been drawn, for all completions of the rollout, P·G and a spare one a tree.
+
+    Attributes:
+        tokens: [*, P·G + 1, C] int32; the pad id from `length` on.
+        logp: of the same shape, fp32, their log-probabilities; 0 from `length` on.
+        length: [*, P·G + 1] int32, tokens of the completion, its stop token included.
+        done: [*, P·G + 1] bool: the sampler drew a stop token, or it is no completion at all.
+    """
+
+    tokens: jax.Array
+    logp: jax.Array
+    length: jax.Array
+    done: jax.Array
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class DecodeState:
+    """Completions while they are drawn. B stands for [*, P, G]; all rows are at the same token.
+
+    Once finished rows have been dropped, P counts rows and G is 1.
+
+    Attributes:
+        step: int32 scalar, tokens drawn of every row that is not done.
+        last: [*B] int32, the last token drawn.
+        done: [*B] bool, as of `Drawn`, and of slots that hold no row.
+        row: [*B] int32, which of `drawn` a slot draws; the spare one where it holds none.
+        key: typed row keys [*B].
+        past: keys and values, L arrays [K, *B, W, A], of whole blocks of RECENT tokens: XLA copies
+            an array that it both reads and writes at a token.
+        recent: keys and values, L arrays [K, *B, RECENT, A], of the block that is begun.
+        drawn: see `Drawn`.
+    """
+
+    step: jax.Array
+    last: jax.Array
+    done: jax.Array
+    row: jax.Array
+    key: jax.Array
+    past: KeyValue
+    recent: KeyValue
+    drawn: Drawn
+
+
+@functools.partial(jax.jit, static_argnames=("width", "program"))
+def grown(past: KeyValue, *, width: int, program: Program) -> KeyValue:
+    """Return the cache of what rows have written with `width` slots."""
+
+    def wider(x: jax.Array) -> jax.Array:
+        filling = [(0, 0)] * x.ndim
+        filling[-2] = (0, width - x.shape[-2])
+        return spread(jnp.pad(x, filling), program.mesh, x.ndim - 4, kv_heads=0)
+
+    return jax.tree.map(wider, past)
+
+
+@functools.partial(jax.jit, static_argnames="program")
+def compact(
+    state: DecodeState,
+    question: Cache,
+    slots: jax.Array,
+    *,
+    program: Program,
+) -> tuple[DecodeState, Cache]:
+    """Keep some rows of each tree, every one below a copy of its question.
+
+    No sample changes by it: a row's keys, positions and random numbers go with it.
+
+    Args:
+        state: of B = [*, P, G].
+        question: the cache above the rows, [*, P].
+        slots: [*, R] int32, the places in P·G of the rows to keep; P·G for a slot that holds none.
+        program: static.
+
+    Returns:
+        The state of [*, R, 1], and the questions' cache of [*, R].
+    """
+    *trees, questions, group = state.done.shape
+    empty = slots == questions * group
+    slots = jnp.minimum(slots, questions * group - 1)
+
+    def rows(x: jax.Array, axis: int, places: jax.Array) -> jax.Array:
+        """Take along an axis behind that of the trees."""
+        index = places.reshape(
+            *[1] * (axis - len(trees)), *places.shape, *[1] * (x.ndim - axis - 1)
+        )
+        return spread(jnp.take_along_axis(x, index, axis=axis), program.mesh, axis)
+
+    def kept(x: jax.Array, before: int = 0) -> jax.Array:
+        axis = before + len(trees)
+        flat = x.reshape(*x.shape[:axis], questions * group, *x.shape[axis + 2 :])
+        return jnp.expand_dims(rows(flat, axis, slots), axis + 1)
+
+    spare = state.drawn.done.shape[-1] - 1
+    of_question = lambda x, before: rows(x, before + len(trees), slots // group)  # noqa: E731
+    cache = Cache(
+        jax.tree.map(lambda x: of_question(x, 2), question.key),
+        jax.tree.map(lambda x: of_question(x, 2), question.value),
+        of_question(question.length, 0),
+    )
+    state = dataclasses.replace(
+        state,
+        last=kept(state.last),
+        done=kept(state.done) | empty[..., None],
+        row=jnp.where(empty[..., None], spare, kept(state.row)),
+        key=jax.random.wrap_key_data(_kept_keys(state.key, slots)),
+        past=jax.tree.map(lambda x: kept(x, 1), state.past),
+        recent=jax.tree.map(lambda x: kept(x, 1), state.recent),
+    )
+    return state, cache
+
+
+def _kept_keys(keys: jax.Array, slots: jax.Array) -> jax.Array:
+    """Return the data of the keys in some slots, [*, R, 1, words]."""
+    data = jax.random.key_data(keys)
+    flat = data.reshape(*data.shape[: slots.ndim - 1], -1, data.shape[-1])
+    return jnp.take_along_axis(flat, slots[..., None], axis=slots.ndim - 1)[..., None, :]
+
+
+def recorded(
+    state: DecodeState,
+    tokens: jax.Array,
+    logp: jax.Array,
+    count: jax.Array,
+    *,
+    since: jax.Array | int = 0,
+) -> Drawn:
+    """Write tokens [*B, T] from number `since` on to the completions that the slots draw.
+
+    What a chunk has beyond the limit is written nowhere: such places do not exist.
+    """
+    drawn, width = state.drawn, tokens.shape[-1]
+    trees = drawn.length.shape[:-1]
+    flat = lambda x: x.reshape(*trees, -1, *x.shape[len(trees) + 2 :])  # noqa: E731
+    places = jnp.meshgrid(*map(jnp.arange, trees), jnp.arange(1), indexing="ij")[:-1]
+    where = *places, flat(state.row)
+    columns = *(place[..., None] for place in where), since + jnp.arange(width)
+    return Drawn(
+        tokens=drawn.tokens.at[columns].set(flat(tokens), mode="drop"),
+        logp=drawn.logp.at[columns].set(flat(logp), mode="drop"),
+        length=drawn.length.at[where].add(flat(count)),
+        done=drawn.done.at[where].set(flat(state.done)),
+    )
+
+
+def empty_cache(model: Qwen, batch: Sequence[int], width: int, mesh: Mesh | None) -> KeyValue:
+    """Return a zero cache with the questions spread over the mesh."""
+    blank = model.empty_cache(batch, width)
+    return jax.tree.map(lambda x: spread(x, mesh, x.ndim - 4, kv_heads=0), blank)
+
+
+def spread(x: jax.Array, mesh: Mesh | None, axis: int, *, kv_heads: int | None = None) -> jax.Array:
+    """Shard the questions' axis, and that of the key-value heads where there is one."""
+    if mesh is None:
+        return x
+    names: list[str | None] = [None] * x.ndim
+    names[axis] = "question"
+    if kv_heads is not None:
+        names[kv_heads] = "kv_heads"
+    return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, sharding.spec(tuple(names))))

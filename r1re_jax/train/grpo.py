@@ -19,12 +19,7 @@ from r1re_jax.model.qwen import Qwen
 from r1re_jax.model.tree import Level, Tree
 from r1re_jax.policy import Limits
 from r1re_jax.rl.advantages import combined_advantages
-from r1re_jax.rl.correction import (
-    chosen,
-    correction_sums,
-    importance_weights,
-    longest_quarter,
-)
+from r1re_jax.rl.correction import correction_sums, importance_weights, longest_quarter
 from r1re_jax.rl.kinds import CorrectionKind
 from r1re_jax.rl.losses import token_weights
 from r1re_jax.rl.masks import length_mask
@@ -289,8 +284,7 @@ def make_grpo(
         seed=seed,
         sampler=make_sampler(sampler or layout, settings.quantise),
     )
-    differs = sampler_differs(drawing.sampler.layout, layout)
-    correction = chosen(settings.correction, sampler_differs=differs)
+    correction = drawing.sampler.correction(settings.correction, trained=layout)
 
     def loss(model: Qwen, block: GRPOBlock) -> tuple[jax.Array, dict[str, jax.Array]]:
         below = dataclasses.replace(block, tree=None)
@@ -314,15 +308,6 @@ def make_grpo(
         score=jax.jit(score),
         reference=reference if settings.kl_coefficient else None,
     )
-
-
-def sampler_differs(sampler: Layout, trained: Layout) -> bool:
-    """Whether completions are drawn by another model than the one that is trained.
-
-    Then `grpo.correction` is on by default. A sampler that is quantised or computes in another
-    precision has a graph of its own.
-    """
-    return sampler.graph != trained.graph
 
 
 def grpo_loss(

@@ -8,6 +8,8 @@ from flax import nnx
 
 from r1re_jax.model.int8 import Quantisation
 from r1re_jax.model.quantise import int8_weights, matrix_names, quantise
+from r1re_jax.rl.correction import chosen
+from r1re_jax.rl.kinds import CorrectionKind
 from r1re_jax.train.grpo_settings import QuantiseSettings
 from r1re_jax.train.state import Layout, Params, model_layout, model_state
 
@@ -23,6 +25,13 @@ class Sampler:
 
     layout: Layout
     params: Callable[[Params], Params] = lambda params: params
+
+    def correction(self, kind: CorrectionKind, *, trained: Layout) -> CorrectionKind:
+        """Return how what it draws is corrected; by default it is if it is not what is trained.
+
+        A model that is quantised or computes in another precision has a graph of its own.
+        """
+        return chosen(kind, sampler_differs=self.layout.graph != trained.graph)
 
 
 def make_sampler(layout: Layout, settings: QuantiseSettings) -> Sampler:

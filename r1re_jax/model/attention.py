@@ -21,6 +21,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from r1re_jax.model.int8 import Int8
+
 # Finite, so that a part whose keys are all masked (an empty guide) has weight exp(-1e30 - M) = 0,
 # not exp(-inf + inf) = NaN. Every row has one real key at least: its own.
 MASKED = -1e30
@@ -36,15 +38,16 @@ class Part:
     """Keys and values of one level as seen by the queries.
 
     Attributes:
-        key: [K, *B', S, A], B' a prefix of the queries' batch dimensions B.
+        key: [K, *B', S, A], B' a prefix of the queries' batch dimensions B. Int8 ones have a scale
+            for each slot, and no gradient.
         value: [K, *B', S, A].
         mask: bool, True where a query may look: [*B', 1, S] (the same for all rows below), or
             [*B, T, S] or [T, S] (B' = B only). What is hidden has weight 0 exactly, but must be
             finite (0 · NaN is NaN): padding is computed from real embeddings, so it is.
     """
 
-    key: jax.Array
-    value: jax.Array
+    key: jax.Array | Int8
+    value: jax.Array | Int8
     mask: jax.Array
 
     @property
@@ -165,8 +168,16 @@ def _masked_scores(query_KBtgA: jax.Array, part: Part) -> jax.Array:
     return jnp.where(mask, score, MASKED)
 
 
-def _product(one: jax.Array, other: jax.Array, batch: int, axis: int, other_axis: int) -> jax.Array:
+def _product(
+    one: jax.Array, other: jax.Array | Int8, batch: int, axis: int, other_axis: int
+) -> jax.Array:
     """Matrix product in fp32 over one of the last two axes of each, 0 or 1; the others remain."""
+    if isinstance(other, Int8):
+        # A slot's scale is taken out of the product, where it multiplies a number and not a row.
+        scale, numbers = jnp.swapaxes(other.scale, -1, -2), other.value.astype(one.dtype)
+        if other_axis == 1:
+            return _product(one, numbers, batch, axis, other_axis) * scale
+        return _product(one * scale, numbers, batch, axis, other_axis)
     shared = tuple(range(batch))
     contracted = ((batch + axis,), (batch + other_axis,))
     return jax.lax.dot_general(

@@ -14,6 +14,7 @@ class Linear(nnx.Module):
     """y = x·W (+ b), with logical axis names for sharding; an adapter adds to x·W."""
 
     adapter: Callable[[jax.Array], jax.Array] | None = None  # of r1re_jax.model.lora
+    scale: nnx.Param | None = None  # [out], of an int8 W: r1re_jax.model.quantise
 
     def __init__(
         self,
@@ -32,6 +33,8 @@ class Linear(nnx.Module):
     def __call__(self, x: jax.Array) -> jax.Array:
         """[..., in] -> [..., out]."""
         y = product(x, self.weight[...].astype(x.dtype))
+        if self.scale is not None:
+            y *= last_axis(self.scale[...].astype(x.dtype), y.ndim)
         if self.adapter is not None:
             y += self.adapter(x)
         return y if self.bias is None else y + last_axis(self.bias[...].astype(x.dtype), y.ndim)

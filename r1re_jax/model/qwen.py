@@ -22,6 +22,7 @@ from flax import nnx
 from r1re_jax import sharding
 from r1re_jax.model.attention import Part, attend
 from r1re_jax.model.config import ModelConfig
+from r1re_jax.model.int8 import Int8, Quantisation, stored_as
 from r1re_jax.model.linear import Linear, last_axis, product
 
 # Models of up to so many layers are compiled layer by layer: a little faster to run, and the longer
@@ -50,8 +51,8 @@ class KeyValue:
         value: likewise.
     """
 
-    key: jax.Array | tuple[jax.Array, ...]
-    value: jax.Array | tuple[jax.Array, ...]
+    key: jax.Array | tuple[jax.Array | Int8, ...]
+    value: jax.Array | tuple[jax.Array | Int8, ...]
 
 
 @jax.tree_util.register_dataclass
@@ -65,8 +66,8 @@ class Cache:
         length: [*B] int32; keys from `length` on are padding.
     """
 
-    key: jax.Array | tuple[jax.Array, ...]
-    value: jax.Array | tuple[jax.Array, ...]
+    key: jax.Array | tuple[jax.Array | Int8, ...]
+    value: jax.Array | tuple[jax.Array | Int8, ...]
     length: jax.Array
 
 
@@ -161,6 +162,8 @@ class Block(nnx.Module):
 
 class Qwen(nnx.Module):
     """The policy network. Parameters are fp32 masters; `dtype` is what the forward computes in."""
+
+    cache: Quantisation = Quantisation.NONE  # what `decode` writes; see r1re_jax.model.quantise
 
     def __init__(
         self,
@@ -281,10 +284,14 @@ class Qwen(nnx.Module):
         return weight.astype(dtype)
 
     def empty_cache(self, batch: Sequence[int], length: int) -> KeyValue:
-        """Return a zero own cache, an array [K, *batch, length, A] for each layer."""
+        """Return a zero own cache, an array [K, *batch, length, A] for each layer.
+
+        Where the model caches in int8, it is an `Int8` with a scale for each token and head.
+        """
         config = self.config
         shape = (config.kv_heads, *batch, length, config.head_size)
-        zeros = lambda: tuple(jnp.zeros(shape, self.dtype) for _ in range(config.layers))  # noqa: E731
+        make = Int8.zeros if self.cache is Quantisation.INT8 else jnp.zeros
+        zeros = lambda: tuple(make(shape, self.dtype) for _ in range(config.layers))  # noqa: E731
         return KeyValue(zeros(), zeros())
 
     def _random_head(self, rngs: nnx.Rngs) -> nnx.Param:
@@ -324,7 +331,8 @@ def _ancestor_parts(above: Sequence[KeyValue], ancestors: Sequence[Cache]) -> li
     return parts
 
 
-def _write(cache: jax.Array, new: jax.Array, step: jax.Array) -> jax.Array:
+def _write(cache: jax.Array | Int8, new: jax.Array, step: jax.Array) -> jax.Array | Int8:
     """Put new [K, *B, 1, A] into cache [K, *B, C, A] at slot `step`."""
     start = (*[0] * (new.ndim - 2), step, 0)
-    return jax.lax.dynamic_update_slice(cache, new.astype(cache.dtype), start)
+    put = lambda into, x: jax.lax.dynamic_update_slice(into, x, start)  # noqa: E731
+    return jax.tree.map(put, cache, stored_as(cache, new))

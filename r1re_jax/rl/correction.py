@@ -86,6 +86,7 @@ def correction_sums(
     mask_PGC: ArrayLike,
     *,
     weight_PGC: ArrayLike | None = None,
+    long_PG: ArrayLike | None = None,
 ) -> dict[str, jax.Array]:
     """Return what `correction_metrics` needs, as sums that micro-batches add up.
 
@@ -95,16 +96,37 @@ def correction_sums(
         mask_PGC: [*B, C] bool or 0/1; nothing under 0 is read.
         weight_PGC: [*B, C] of `importance_weights`; None: no correction, and the sums are of the
             tokens' plain ratios, to see what one would have to correct.
+        long_PG: [*B] bool, rows to report by themselves, of `longest_quarter`; None: none.
     """
     mask = as_mask(mask_PGC)
-    log_ratio = jnp.minimum(_log_ratio(old_logp_PGC, sampler_logp_PGC, mask), LARGEST)
+    difference = _log_ratio(old_logp_PGC, sampler_logp_PGC, mask)
+    log_ratio = jnp.minimum(difference, LARGEST)
     weight = jnp.where(mask, jnp.exp(log_ratio), 0.0) if weight_PGC is None else weight_PGC
-    return {
+    masked = mask & (weight == 0)
+    sums = {
         "sampler_kl": jnp.sum(jnp.expm1(log_ratio) - log_ratio),
         "importance": jnp.sum(weight),
         "importance_squared": jnp.sum(jnp.square(weight)),
-        "sampler_masked": jnp.sum(mask & (weight == 0), dtype=jnp.int32),
+        "sampler_masked": jnp.sum(masked, dtype=jnp.int32),
     }
+    if long_PG is None:
+        return sums
+    long = mask & as_mask(long_PG)[..., None]
+    return sums | {
+        "tokens_long": jnp.sum(long, dtype=jnp.int32),
+        "logp_gap_long": jnp.sum(jnp.where(long, jnp.abs(difference), 0.0)),
+        "sampler_masked_long": jnp.sum(long & masked, dtype=jnp.int32),
+    }
+
+
+def longest_quarter(length_PG: np.ndarray) -> np.ndarray:
+    """Return which rows are no shorter than the shortest of the longest quarter, [*B] bool.
+
+    Rows of equal length are all among them or none is, so that it says nothing of their order.
+    """
+    lengths = np.ravel(length_PG)
+    count = -(-lengths.size // 4)
+    return np.asarray(length_PG) >= np.partition(lengths, -count)[-count]
 
 
 def correction_metrics(sums: dict[str, float]) -> dict[str, float]:
@@ -114,15 +136,19 @@ def correction_metrics(sums: dict[str, float]) -> dict[str, float]:
         `sampler_kl`: KL(sampler‖trainer) a token, estimated by k3 from the sampler's tokens;
         `sampler_ess`: effective sample size of the weights as a share of the tokens,
         (Σ w)² / (tokens · Σ w²) (Kish), 1 where all are equal; `sampler_masked`: share of tokens
-        that the correction leaves out.
+        that the correction leaves out. Of long rows, where there are sums of them, the same as
+        `sampler_masked_long`, and `logp_gap_long`, the mean absolute difference.
     """
     tokens = max(sums["tokens"], 1)
     squares = tokens * sums["importance_squared"]
-    return {
+    figures = {
         "sampler_kl": sums["sampler_kl"] / tokens,
         "sampler_ess": sums["importance"] ** 2 / squares if squares else 0.0,
         "sampler_masked": sums["sampler_masked"] / tokens,
     }
+    long = max(sums.get("tokens_long", 0), 1)
+    names = (name for name in ("logp_gap_long", "sampler_masked_long") if name in sums)
+    return figures | {name: sums[name] / long for name in names}
 
 
 def _log_ratio(old_logp: ArrayLike, sampler_logp: ArrayLike, mask: jax.Array) -> jax.Array:

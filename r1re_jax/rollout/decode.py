@@ -166,9 +166,11 @@ def decode_chunk(
     Returns:
         The state, and what the host reads of it: `step` and `done`.
     """
-    # Cast before the loop and not at every token. `decode` would cast each use to the same type.
-    model = nnx.merge(graph, params)
-    model = nnx.merge(graph, jax.tree.map(lambda x: x.astype(model.dtype), params))
+    # Cast before the loop and not at every token. `decode` would cast each use to the same type;
+    # int8 is read as such.
+    dtype = nnx.merge(graph, params).dtype
+    cast = lambda x: x if x.dtype == jnp.int8 else x.astype(dtype)  # noqa: E731
+    model = nnx.merge(graph, jax.tree.map(cast, params))
     batch = state.done.shape
     # And taken apart: what is sliced in the loop is copied at every token.
     above = by_layer(ancestors)

@@ -23,7 +23,8 @@ from r1re_jax.train.batch import prompt_levels
 from r1re_jax.train.figures import Clock
 from r1re_jax.train.groups import Groups, as_examples, join
 from r1re_jax.train.grpo_settings import GRPOSettings
-from r1re_jax.train.state import Layout, Params, model_state
+from r1re_jax.train.sampler import Sampler
+from r1re_jax.train.state import Params, model_state
 
 Tick = Callable[[str], None]
 
@@ -59,7 +60,7 @@ class Drawing:
         encoder: words to tokens and back.
         source: lessons of a step.
         seed: of sampling.
-        layout: the model that draws, without its arrays.
+        sampler: the model that draws.
     """
 
     settings: GRPOSettings
@@ -67,7 +68,7 @@ class Drawing:
     encoder: PromptEncoder
     source: Source
     seed: int
-    layout: Layout
+    sampler: Sampler
 
     def draw(
         self,
@@ -81,7 +82,7 @@ class Drawing:
         """Draw groups of P questions a guide; again while too few of them have signal.
 
         Args:
-            params: of the policy that draws; only read.
+            params: all of the policy's; only read.
             number: of the step, from 1.
             tick: called with what goes on; what it raises ends the drawing.
             clock: its laps `rollout` and `reward` are taken here.
@@ -92,11 +93,11 @@ class Drawing:
             LimitError: a guide or question that is too long.
             ValueError: a question that occurs twice.
         """
-        settings = self.settings
+        settings, params = self.settings, self.sampler.params(params)
         lessons = self.source.lessons(number - 1)
         guide, question = prompt_levels(lessons, self.encoder, self.limits)
         ids = question_ids(lessons)
-        _, caches = prefill(self.layout.graph, model_state(params), (guide,))
+        _, caches = prefill(self.sampler.layout.graph, model_state(params), (guide,))
         groups: list[Groups] = []
         for start in range(0, settings.questions_drawn, settings.questions):
             part = slice(start, start + settings.questions)
@@ -124,7 +125,7 @@ class Drawing:
         """Sample G completions of every question; returned on the host."""
         settings = self.settings
         rollout = generate(
-            self.layout.graph,
+            self.sampler.layout.graph,
             model_state(params),
             (question,),
             ancestors=guide,
@@ -141,7 +142,7 @@ class Drawing:
             chunk=settings.chunk,
             compaction=settings.compaction,
             on_chunk=lambda progress: tick(f"rollout {progress.tokens}/{progress.limit}"),
-            mesh=self.layout.mesh,
+            mesh=self.sampler.layout.mesh,
         )
         return jax.device_get(rollout)
 

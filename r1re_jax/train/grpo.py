@@ -20,7 +20,7 @@ from r1re_jax.model.qwen import Qwen
 from r1re_jax.model.tree import Level, Tree
 from r1re_jax.policy import Limits
 from r1re_jax.rl.advantages import combined_advantages
-from r1re_jax.rl.correction import chosen, correction_sums, importance_weights
+from r1re_jax.rl.correction import correction_sums, importance_weights, longest_quarter
 from r1re_jax.rl.kinds import CorrectionKind
 from r1re_jax.rl.losses import token_weights
 from r1re_jax.rl.masks import length_mask
@@ -43,6 +43,7 @@ from r1re_jax.train.grpo_settings import GRPOSettings
 from r1re_jax.train.meter import Meter, make_meter
 from r1re_jax.train.optimizer import learning_rate, make_optimizer
 from r1re_jax.train.reference import followed
+from r1re_jax.train.sampler import make_sampler
 from r1re_jax.train.state import Layout, Params, TrainState, model_state
 from r1re_jax.train.update import (
     Gradient,
@@ -66,6 +67,7 @@ class GRPOBlock:
         sampler_logp_NPGC: fp32, as the sampler computed them.
         ref_logp_NPGC: fp32 under the reference; None without a KL term.
         old_logp_NPGC: fp32 under the policy that sampled; None if that is the policy being updated.
+        long_NPG: bool, the longest completions of the step, reported by themselves; None for none.
     """
 
     tree: Tree
@@ -74,6 +76,7 @@ class GRPOBlock:
     sampler_logp_NPGC: Any
     ref_logp_NPGC: Any = None
     old_logp_NPGC: Any = None
+    long_NPG: Any = None
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -190,6 +193,7 @@ class GRPO:
         if settings.mask_truncated:
             mask_NPGC &= ~rollout.truncated[..., None]
         weight_NPGC = np.asarray(token_weights(mask_NPGC, kind=settings.loss))
+        long_NPG = longest_quarter(rollout.length)
         batch = []
         for block in blocks(settings.trees, settings.questions, settings.micro_batch):
             tick("reference")
@@ -205,6 +209,7 @@ class GRPO:
                     sampler_logp_NPGC=block.of(rollout.logp),
                     ref_logp_NPGC=ref_logp,
                     old_logp_NPGC=old,
+                    long_NPG=block.of(long_NPG),
                 )
             )
         return batch
@@ -250,7 +255,8 @@ class GRPO:
             raise SamplerDriftError(
                 f"sampler and trainer differ by {gap:.3g} nats a token in the mean, more than"
                 f" grpo.max_logp_gap = {self.settings.max_logp_gap}: the sampled completions are"
-                " not those of the policy that is trained. Try model.dtype=float32"
+                " not those of the policy that is trained. Try model.dtype=float32, and"
+                " grpo.quantise without int8"
             )
 
 
@@ -280,7 +286,7 @@ def make_grpo(
         reference: all parameters of a frozen one; needed if the KL coefficient is not 0, unless
             the reference follows the policy: then it is part of the state.
         sampler: the model that draws, with the parameters of the one that is trained, where it is
-            another, such as one that computes in a lower precision.
+            another, such as one that computes in a lower precision; `settings.quantise` is of it.
         frozen: parameters that an adapter leaves as they are.
 
     Raises:
@@ -304,10 +310,9 @@ def make_grpo(
         encoder=encoder,
         source=source,
         seed=seed,
-        layout=sampler or layout,
+        sampler=make_sampler(sampler or layout, settings.quantise),
     )
-    differs = sampler_differs(drawing.layout, layout)
-    correction = chosen(settings.correction, sampler_differs=differs)
+    correction = drawing.sampler.correction(settings.correction, trained=layout)
 
     def loss(model: Qwen, block: GRPOBlock) -> tuple[jax.Array, dict[str, jax.Array]]:
         below = dataclasses.replace(block, tree=None)
@@ -332,15 +337,6 @@ def make_grpo(
         reference=reference if settings.kl_coefficient else None,
         meter=make_meter(layout, sampler=sampler),
     )
-
-
-def sampler_differs(sampler: Layout, trained: Layout) -> bool:
-    """Whether completions are drawn by another model than the one that is trained.
-
-    Then `grpo.correction` is on by default. Today's runs draw with the model that they train; a
-    sampler that is quantised or computes in another precision has a graph of its own.
-    """
-    return sampler.graph != trained.graph
 
 
 def grpo_loss(
@@ -384,7 +380,9 @@ def grpo_loss(
         entropy_PGC=scores.entropy_NPGC if settings.entropy_coefficient else None,
         importance_PGC=importance,
     )
-    sums |= correction_sums(old, block.sampler_logp_NPGC, mask, weight_PGC=importance)
+    sums |= correction_sums(
+        old, block.sampler_logp_NPGC, mask, weight_PGC=importance, long_PG=block.long_NPG
+    )
     gap = jnp.where(mask, jnp.abs(constant - block.sampler_logp_NPGC), 0.0)
     entropy = jax.lax.stop_gradient(scores.entropy_NPGC)
     more = {"entropy": entropy.sum(), "logp_gap": gap.sum(), "logp_gap_max": gap.max()}

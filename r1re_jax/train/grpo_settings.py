@@ -3,6 +3,7 @@
 import dataclasses
 from collections.abc import Mapping
 
+from r1re_jax.model.int8 import Quantisation
 from r1re_jax.rl.kinds import AdvantageKind, CorrectionKind, KlKind, LossKind
 from r1re_jax.rl.objective import LossSettings
 from r1re_jax.task.rewards import RewardPart
@@ -34,6 +35,25 @@ class ReferenceSettings:
                 f"decay is {self.decay} but every is 0, a frozen reference: give every=1 for a"
                 " moving average"
             )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class QuantiseSettings:
+    """What the model that draws stores as int8 (`r1re_jax.model.quantise`); training does not.
+
+    Attributes:
+        weights: the layers' matrices, made anew from the policy for every step.
+        cache: keys and values of completions while they are drawn; those of guides and questions
+            are shared, and few.
+    """
+
+    weights: Quantisation = Quantisation.NONE
+    cache: Quantisation = Quantisation.NONE
+
+    def __post_init__(self) -> None:
+        """Turn strings into what they name."""
+        for name in ("weights", "cache"):
+            object.__setattr__(self, name, Quantisation(getattr(self, name)))
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -81,6 +101,8 @@ class GRPOSettings:
         correction: how the loss is weighted where sampler and trainer differ, see
             `r1re_jax.rl.correction`; `auto` corrects where the sampler is another model.
         correction_limit: the largest ratio of the trainer's probability to the sampler's.
+        quantise: what the sampler stores as int8, see `QuantiseSettings`; `correction` is then on
+            by default.
         chunk: tokens decoded between two looks at signals.
         compaction: how many sizes of the decoded batch there are from one to its half; finished
             completions are dropped between chunks where a smaller size holds the others. Each size
@@ -117,6 +139,7 @@ class GRPOSettings:
     entropy_coefficient: float = 0.0
     correction: CorrectionKind = CorrectionKind.AUTO
     correction_limit: float = 3.0
+    quantise: QuantiseSettings = QuantiseSettings()
     chunk: int = 32
     compaction: int = 3
     score_chunk: int = 128

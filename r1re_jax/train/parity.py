@@ -137,6 +137,10 @@ def check_run(settings: Settings, data: TrainingData, start: Start) -> Parity | 
     GRPO step compares sampler and trainer again (`grpo.max_logp_gap`), and a run that goes well
     must not be refused after an interruption because its trained weights round more coarsely.
 
+    What is compared draws from the policy's own numbers, whatever `grpo.quantise` says: int8 moves
+    log-probabilities by as much as some faults do, and a band that lets it pass would let those
+    pass too. What it does to a run's own tokens, every step reports and `grpo.max_logp_gap` bounds.
+
     Raises:
         ParityError: the ways differ by more than rounding.
         LimitError: a guide or question that is too long.

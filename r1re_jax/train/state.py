@@ -89,7 +89,8 @@ def model_layout(model: Qwen, mesh: Mesh) -> Layout:
     for name, variable in flat.items():
         value, where = variable.get_value(), shardings[name].get_value()
         if adapted and not is_adapter(name):
-            frozen[name] = jax.ShapeDtypeStruct(value.shape, model.dtype, sharding=where)
+            dtype = value.dtype if value.dtype == jnp.int8 else model.dtype
+            frozen[name] = jax.ShapeDtypeStruct(value.shape, dtype, sharding=where)
         else:
             shapes[name] = jax.ShapeDtypeStruct(value.shape, value.dtype, sharding=where)
         axes[name] = tuple(variable.get_metadata("logical_axes"))

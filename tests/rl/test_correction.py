@@ -14,6 +14,7 @@ from r1re_jax.rl.correction import (
     correction_metrics,
     correction_sums,
     importance_weights,
+    longest_quarter,
 )
 from r1re_jax.rl.kinds import CorrectionKind, LossKind
 from r1re_jax.rl.losses import token_policy_loss, token_weights
@@ -139,6 +140,46 @@ def test_figures_by_hand() -> None:
     assert (
         correction_metrics({**sums, "importance_squared": 0.0, "tokens": 0.0})["sampler_ess"] == 0
     )
+
+
+def test_long_rows_are_reported_by_themselves() -> None:
+    old, sampler, mask = batch(3)
+    weight = importance_weights(old, sampler, mask, kind="token_mask", limit=1.5)
+    long = longest_quarter(mask.sum(-1))
+    parts = [
+        correction_sums(
+            *(x[p] for x in (old, sampler, mask)), weight_PGC=weight[p], long_PG=long[p]
+        )
+        for p in range(P)
+    ]
+    sums = {name: float(sum(part[name] for part in parts)) for name in parts[0]}
+    got = correction_metrics(sums | {"tokens": float(mask.sum())})
+    of_long = np.where(mask & long[..., None])
+    assert 0 < of_long[0].size < mask.sum()
+    gap = np.abs(old - sampler)[of_long].astype(np.float64)
+    np.testing.assert_allclose(got["logp_gap_long"], gap.mean(), rtol=1e-5)
+    np.testing.assert_allclose(
+        got["sampler_masked_long"], (np.asarray(weight)[of_long] == 0).mean(), rtol=1e-6
+    )
+    assert 0 < got["sampler_masked_long"] < 1
+    nothing = correction_sums(old, sampler, mask, long_PG=np.zeros((P, G), bool))
+    sums = {name: float(value) for name, value in nothing.items()} | {"tokens": 1.0}
+    found = correction_metrics(sums)
+    assert found["sampler_masked_long"] == found["logp_gap_long"] == 0
+
+
+@pytest.mark.parametrize(
+    ("length", "expected"),
+    [
+        ([[1, 2], [3, 4]], [[0, 0], [0, 1]]),
+        ([[4, 1, 4], [4, 2, 3]], [[1, 0, 1], [1, 0, 0]]),  # equals are not told apart
+        ([[5, 5], [5, 5]], [[1, 1], [1, 1]]),
+        ([[1, 2, 3, 4, 5]], [[0, 0, 0, 1, 1]]),  # a quarter is rounded up
+        ([[0]], [[1]]),
+    ],
+)
+def test_the_longest_quarter(length: list, expected: list) -> None:
+    np.testing.assert_array_equal(longest_quarter(np.array(length)), np.array(expected, bool))
 
 
 def test_the_estimate_is_of_kl_sampler_to_trainer() -> None:

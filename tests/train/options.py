@@ -17,6 +17,9 @@ import optax
 import pytest
 from jax.sharding import Mesh
 
+from r1re_jax.model.tree import Level
+from r1re_jax.rollout import decode
+from r1re_jax.rollout.sampling import SamplingSettings
 from r1re_jax.task.prompts import PromptEncoder
 from r1re_jax.task.relations import parse_guide
 from r1re_jax.task.tasks import TaskKind
@@ -37,6 +40,7 @@ from r1re_jax.train.state import (
     TrainState,
     abstract_state,
     model_layout,
+    model_state,
     place_params,
 )
 from r1re_jax.train.update import (
@@ -239,6 +243,27 @@ def grpo_program(settings: Settings, mesh: Mesh | None = None) -> Any:
     phase, block = grpo_phase(settings, mesh or world.one_device_mesh())
     layout = phase.layout
     return phase.programs.gradient.lower(layout.shapes, layout.frozen, block).as_text()
+
+
+def sampler_program(settings: Settings) -> Any:
+    """The text of the program that decodes."""
+    phase, _ = grpo_phase(settings, world.one_device_mesh())
+    sampler, limit = phase.drawing.sampler, settings.training_limits.completion
+    params = jax.eval_shape(sampler.params, phase.layout.shapes)
+    graph, params = sampler.layout.graph, model_state(params)
+    program = decode.Program(
+        settings=SamplingSettings(), stop_ids=(1,), pad_id=0, limit=limit, chunk=settings.grpo.chunk
+    )
+    level = Level(np.zeros((1, 2, 5), np.int32), np.zeros((1, 2), np.int32))
+    keys = jax.random.split(jax.random.key(0), (1, 2, 3))
+
+    def begun(params: Any) -> Any:
+        hidden, above = decode.prefill(graph, params, (level,))
+        of = {"width": 64, "program": program}
+        return above, decode.start_state(graph, params, hidden, above, keys, **of)
+
+    above, state = jax.eval_shape(begun, params)
+    return decode.decode_chunk.lower(graph, params, state, above, program=program).as_text()
 
 
 def meshed_program(settings: Settings) -> Any:

@@ -186,6 +186,8 @@ CASES = {
     "grpo.correction_limit": _one(
         options.grpo_program, "grpo.correction_limit", 2.0, grpo__correction="token_truncate"
     ),
+    "grpo.quantise.weights": _one(options.sampler_program, "grpo.quantise", {"weights": "int8"}),
+    "grpo.quantise.cache": _one(options.sampler_program, "grpo.quantise", {"cache": "int8"}),
     "grpo.chunk": _one(options.grpo_steps, "grpo.chunk", 5),
     "grpo.compaction": _one(options.grpo_steps, "grpo.compaction", 1),
     "grpo.score_chunk": _one(options.grpo_program, "grpo.score_chunk", 7),

@@ -63,6 +63,7 @@ def test_a_run_with_all_options_resumes_bit_by_bit(
         grpo__reference={"every": 1, "decay": 0.5},
         grpo__kl_coefficient=0.1,
         grpo__correction="sequence_truncate",
+        grpo__quantise={"weights": "int8", "cache": "int8"},
     )
     train(settings, tmp_path / "whole")
     stop = StopAt("reward", 6)
@@ -78,6 +79,7 @@ def test_a_run_with_all_options_resumes_bit_by_bit(
     on = ("dual_clip", "entropy_bonus", "overlong", "reward_format", "reward_length")
     assert all(name in last for name in (*on, "sampler_ess", "groups_drawn"))
     assert last["entropy_bonus"] > 0 and last["kl"] > 0
+    assert last["logp_gap"] > 1e-4, "the sampler rounds"
     hashes = json.loads((whole / "policy" / "r1re.json").read_text())["guide_sha256"]
     assert sorted(hashes) == ["Other", "Tiny"]
     asked = load_policy(whole, step=4).encoder.template.guide

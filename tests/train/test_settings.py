@@ -195,6 +195,7 @@ _PAIRED = {
     "data.eval.held.kind": {"data__eval__held__kind": "semeval2010"},
     "sft.micro_batch": {"sft__micro_batch": 1},
     "grpo.micro_batch": {"grpo__micro_batch": 1},
+    **{f"grpo.quantise.{of}": {"grpo__quantise": {of: "int8"}} for of in ("weights", "cache")},
     "data.train.options": {"data__train__options": {"relations": 3}},
     "data.eval.held.options": {"data__eval__held__options": {"relations": 3}},
     "task": {"task": "triplets"},

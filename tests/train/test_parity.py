@@ -125,8 +125,8 @@ def _without_padding_masked(model: Qwen, tree: Tree) -> Any:
 
 def _with_other_frequencies(model: Qwen, tree: Tree) -> Any:
     with pytest.MonkeyPatch.context() as patch:
-        turn = qwen.rotary
-        patch.setattr(qwen, "rotary", lambda x, position, rate: turn(x, position, rate * 1.05))
+        turn = qwen.rotation
+        patch.setattr(qwen, "rotation", lambda position, rate: turn(position, rate * 1.05))
         return completion_logp(model, tree)
 
 

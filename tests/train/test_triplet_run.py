@@ -18,11 +18,12 @@ from r1re_jax.report.card import model_card
 from r1re_jax.report.html import write_report
 from r1re_jax.task.prompts import PromptEncoder
 from r1re_jax.task.relations import DataError, Guide, GuideError, parse_guide
-from r1re_jax.task.tasks import TRIPLETS, TaskKind
+from r1re_jax.task.tasks import TRIPLETS, TaskKind, TripletTask
 from r1re_jax.task.templates import TRIPLET_TEMPLATE
 from r1re_jax.task.triplets.completions import triplet_completion
 from r1re_jax.task.triplets.examples import Entity, Triplet, TripletExample
 from r1re_jax.task.triplets.readers import write_triplets
+from r1re_jax.task.triplets.rewards import TripletTotals
 from r1re_jax.train.config import read_settings
 from r1re_jax.train.data import open_sets, open_training
 from r1re_jax.train.data_settings import DataKind, EvalSetSettings, SourceSettings
@@ -140,7 +141,10 @@ def test_the_policy_knows_its_task(run: pathlib.Path, inputs: pathlib.Path) -> N
     recipe = json.loads((inputs / "exported" / "r1re.json").read_text())
     assert recipe["task"] == "triplets"
     again = load_policy(inputs / "exported")
-    assert again.encoder.task == TRIPLETS and again.encoder.template == TRIPLET_TEMPLATE
+    assert again.encoder.task == policy.encoder.task
+    assert again.encoder.template == TRIPLET_TEMPLATE
+    totals = TripletTotals(malformed=-2.0)
+    assert again.encoder.task == TripletTask(totals), "what the run's completions earned"
     (inputs / "exported" / "r1re.json").write_text(json.dumps(recipe | {"task": "poems"}))
     with pytest.raises(PolicyError, match="poems"):
         load_policy(inputs / "exported")

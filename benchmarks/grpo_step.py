@@ -21,12 +21,11 @@ from absl import app, flags
 from benchmarks import machine, sides
 from benchmarks.environments import peer_python
 from benchmarks.tiny_step import GROUP, QUESTIONS, Shape, write_model
+from r1re_jax.published import cache_folder
 
 SHAPE = flags.DEFINE_string("shape", "704,64,96", "tokens: SHARED,QUESTION,COMPLETION")
 AGAINST = flags.DEFINE_list("against", ["trl", "tunix", "flat"], "any of trl, tunix, flat")
-VENVS = flags.DEFINE_string(
-    "venvs", str(Path.home() / ".cache" / "r1re_jax" / "peers"), "environments of the peers"
-)
+VENVS = flags.DEFINE_string("venvs", str(cache_folder() / "peers"), "environments of the peers")
 ROUNDS = flags.DEFINE_integer("rounds", 5, "how often each side takes its turn", lower_bound=1)
 JSON = flags.DEFINE_string("json", "", "write the result to this file, too")
 PEERS = ("trl", "tunix")

@@ -122,31 +122,32 @@ def compact(
     empty = slots == questions * group
     slots = jnp.minimum(slots, questions * group - 1)
 
-    def rows(x: jax.Array, axis: int, places: jax.Array) -> jax.Array:
-        """Take along an axis behind that of the trees."""
+    def rows(x: jax.Array, before: int, places: jax.Array) -> jax.Array:
+        """Take along the axis behind that of the trees; of `before` axes the last are the heads."""
+        axis, heads = before + len(trees), before - 1 if before else None
         index = places.reshape(
             *[1] * (axis - len(trees)), *places.shape, *[1] * (x.ndim - axis - 1)
         )
-        return spread(jnp.take_along_axis(x, index, axis=axis), program.mesh, axis)
+        taken = jnp.take_along_axis(x, index, axis=axis)
+        return spread(taken, program.mesh, axis, kv_heads=heads)
 
     def kept(x: jax.Array, before: int = 0) -> jax.Array:
         axis = before + len(trees)
         flat = x.reshape(*x.shape[:axis], questions * group, *x.shape[axis + 2 :])
-        return jnp.expand_dims(rows(flat, axis, slots), axis + 1)
+        return jnp.expand_dims(rows(flat, before, slots), axis + 1)
 
     spare = state.drawn.done.shape[-1] - 1
-    of_question = lambda x, before: rows(x, before + len(trees), slots // group)  # noqa: E731
     cache = Cache(
-        jax.tree.map(lambda x: of_question(x, 2), question.key),
-        jax.tree.map(lambda x: of_question(x, 2), question.value),
-        of_question(question.length, 0),
+        jax.tree.map(lambda x: rows(x, 2, slots // group), question.key),
+        jax.tree.map(lambda x: rows(x, 2, slots // group), question.value),
+        rows(question.length, 0, slots // group),
     )
     state = dataclasses.replace(
         state,
         last=kept(state.last),
         done=kept(state.done) | empty[..., None],
         row=jnp.where(empty[..., None], spare, kept(state.row)),
-        key=jax.random.wrap_key_data(_kept_keys(state.key, slots)),
+        key=_kept_keys(state.key, slots),
         past=jax.tree.map(lambda x: kept(x, 1), state.past),
         recent=jax.tree.map(lambda x: kept(x, 1), state.recent),
     )
@@ -154,10 +155,11 @@ def compact(
 
 
 def _kept_keys(keys: jax.Array, slots: jax.Array) -> jax.Array:
-    """Return the data of the keys in some slots, [*, R, 1, words]."""
+    """Return the typed keys in some slots, [*, R, 1]."""
     data = jax.random.key_data(keys)
     flat = data.reshape(*data.shape[: slots.ndim - 1], -1, data.shape[-1])
-    return jnp.take_along_axis(flat, slots[..., None], axis=slots.ndim - 1)[..., None, :]
+    taken = jnp.take_along_axis(flat, slots[..., None], axis=slots.ndim - 1)[..., None, :]
+    return jax.random.wrap_key_data(taken, impl=jax.random.key_impl(keys))
 
 
 def recorded(

@@ -18,7 +18,7 @@ from r1re_jax.rollout import decode, shapes
 from r1re_jax.rollout.keys import Purpose, example_ids, row_keys
 from r1re_jax.rollout.rollout import Progress, Rollout, generate
 from r1re_jax.rollout.sampling import SamplingSettings
-from r1re_jax.rollout.state import DecodeState, Program
+from r1re_jax.rollout.state import DecodeState, Program, compact
 from tests.oracles import flat_qwen
 from tests.tiny import random_level, tiny_model
 
@@ -285,7 +285,8 @@ def test_the_own_cache_is_updated_in_place() -> None:
     assert past.is_deleted()
 
 
-def test_a_mesh_changes_no_sample() -> None:
+@pytest.mark.parametrize("compaction", [0, 1])
+def test_a_mesh_changes_no_sample(compaction: int, monkeypatch: pytest.MonkeyPatch) -> None:
     mesh = sharding.make_mesh(data=1, fsdp=-1)
     questions = len(jax.devices())
     random = np.random.default_rng(3)
@@ -293,6 +294,8 @@ def test_a_mesh_changes_no_sample() -> None:
     ids = example_ids("d", [str(i) for i in range(questions)])[None]
     keys = row_keys(0, Purpose.TRAIN, 1, ids, range(2))
     spread = jax.device_put(PARAMS, sharding.parameter_shardings(PARAMS, mesh))
+    monkeypatch.setattr(shapes, "NARROWEST", 8)
+    seen: list[Progress] = []
     found = generate(
         GRAPH,
         spread,
@@ -302,10 +305,40 @@ def test_a_mesh_changes_no_sample() -> None:
         limit=C,
         stop_ids=STOPS,
         pad_id=PAD,
+        chunk=2,
+        compaction=compaction,
+        on_chunk=seen.append,
         mesh=mesh,
+    )
+    # Two rows of each question; half of them is as few as the devices can share.
+    assert {one.batch for one in seen} == (
+        {2 * questions, questions} if compaction else {2 * questions}
     )
     assert len(found.tokens.sharding.device_set) == questions
     assert_same_samples(jax.device_get(found), draw(levels, keys))
+
+
+def test_dropping_rows_leaves_heads_and_rows_on_their_devices() -> None:
+    mesh = sharding.make_mesh(data=1, fsdp=4, tensor=2)
+    random = np.random.default_rng(3)
+    levels = (random_level(random, (1, S)), random_level(random, (1, 4, Q), least=1))
+    ids = example_ids("d", [str(i) for i in range(4)])[None]
+    keys = row_keys(0, Purpose.TRAIN, 1, ids, range(2))
+    program = Program(
+        settings=SamplingSettings(), stop_ids=STOPS, pad_id=PAD, limit=C, chunk=4, mesh=mesh
+    )
+    spread = jax.device_put(PARAMS, sharding.parameter_shardings(PARAMS, mesh))
+    hidden, caches = decode.prefill(GRAPH, spread, levels, mesh=mesh)
+    state = decode.start_state(GRAPH, spread, hidden, caches, keys, width=16, program=program)
+    slots = np.array([[0, 3, 7, 8]], np.int32)
+    state, question = compact(state, caches[-1], slots, program=program)
+    for own in (*state.past.key, *state.recent.value):
+        heads, _, rows, _, tokens, size = own.shape
+        assert own.sharding.shard_shape(own.shape) == (heads // 2, 1, rows // 4, 1, tokens, size)
+    layers, heads, _, rows, tokens, size = question.key.shape
+    held = question.key.sharding.shard_shape(question.key.shape)
+    assert held == (layers, heads // 2, 1, rows // 4, tokens, size)
+    assert state.done.tolist()[0][3] == [True], "the last slot holds no row"
 
 
 def test_bfloat16_decodes_what_bfloat16_scores() -> None:

@@ -27,7 +27,7 @@ from r1re_jax.train.optimizer import OptimizerSettings
 from r1re_jax.train.state import TrainState, create_state, place_params
 from r1re_jax.train.update import NonFiniteError, SamplerDriftError, StepResult
 from tests.tiny import random_level, tiny_guide, tiny_model, tiny_policy
-from tests.train.world import LIMITS, examples, layout_on, mesh_of, source
+from tests.train.world import LIMITS, examples, layout_on, mesh_of, some_verdict, source
 
 SETTINGS = GRPOSettings(
     steps=4,
@@ -41,16 +41,10 @@ SETTINGS = GRPOSettings(
 SHORT = dataclasses.replace(LIMITS, completion=12)
 
 
-def _verdict(text: str, example: object, schema: object, **more: object) -> Verdict:
-    """Rewards that differ within a group, which those of random weights do not."""
-    real = relation_reward(text, example, schema, **more)
-    return dataclasses.replace(real, reward=float(sum(text.encode()) % 7))
-
-
 @pytest.fixture(autouse=True, scope="module")
 def _spread_rewards() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(tasks, "relation_reward", _verdict)
+        patch.setattr(tasks, "relation_reward", some_verdict)
         yield
 
 
@@ -201,7 +195,7 @@ def _flat_unless(named: set[str]) -> Callable[..., Verdict]:
     """Rewards that differ within the groups of the named examples only."""
 
     def judge(text: str, example: Example, schema: object, **_: object) -> Verdict:
-        real = _verdict(text, example, schema)
+        real = some_verdict(text, example, schema)
         return real if example.id in named else dataclasses.replace(real, reward=1.0)
 
     return judge
@@ -249,7 +243,7 @@ def test_the_device_scores_while_the_host_judges(
 
     def judge(*args: object, **more: object) -> Verdict:
         heard.append("judge")
-        return _verdict(*args, **more)
+        return some_verdict(*args, **more)
 
     monkeypatch.setattr(tasks, "relation_reward", judge)
     phase, state = _begin(dataclasses.replace(SETTINGS, refill=refill))

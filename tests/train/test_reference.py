@@ -10,7 +10,6 @@ import numpy as np
 import pytest
 
 from r1re_jax.task import tasks
-from r1re_jax.task.rewards import Verdict, relation_reward
 from r1re_jax.train import reference as reference_module
 from r1re_jax.train.grpo_settings import GRPOSettings, ReferenceSettings
 from r1re_jax.train.reference import copied, followed
@@ -92,12 +91,7 @@ def inputs(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
 @pytest.fixture
 def _spread_rewards(monkeypatch: pytest.MonkeyPatch) -> None:
     """Rewards that differ within a group, which those of random weights do not."""
-
-    def judge(text: str, *args: object, **more: object) -> Verdict:
-        real = relation_reward(text, *args, **more)
-        return dataclasses.replace(real, reward=float(sum(text.encode()) % 7))
-
-    monkeypatch.setattr(tasks, "relation_reward", judge)
+    monkeypatch.setattr(tasks, "relation_reward", world.some_verdict)
 
 
 def _reference(workdir: pathlib.Path, step: int) -> dict[str, np.ndarray]:

@@ -9,14 +9,13 @@ import pytest
 
 from r1re_jax.rl.kinds import CorrectionKind
 from r1re_jax.task import tasks
-from r1re_jax.task.rewards import Verdict, relation_reward
 from r1re_jax.train.grpo import GRPO, make_grpo
 from r1re_jax.train.grpo_settings import GRPOSettings
 from r1re_jax.train.optimizer import OptimizerSettings
 from r1re_jax.train.state import create_state, place_params
 from r1re_jax.train.update import StepResult
 from tests.tiny import tiny_policy
-from tests.train.world import LIMITS, layout_on, mesh_of, source
+from tests.train.world import LIMITS, layout_on, mesh_of, some_verdict, source
 
 SETTINGS = GRPOSettings(
     steps=4,
@@ -31,12 +30,8 @@ SHORT = dataclasses.replace(LIMITS, completion=12)
 
 @pytest.fixture(autouse=True, scope="module")
 def _spread_rewards() -> Iterator[None]:
-    def judge(text: str, *args: object, **more: object) -> Verdict:
-        real = relation_reward(text, *args, **more)
-        return dataclasses.replace(real, reward=float(sum(text.encode()) % 7))
-
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(tasks, "relation_reward", judge)
+        patch.setattr(tasks, "relation_reward", some_verdict)
         yield
 
 

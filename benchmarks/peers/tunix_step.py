@@ -2,7 +2,8 @@
 
     python tunix_step.py --model FOLDER --prompt 768 --completion 96 --group 8 --questions 4
 
-Arguments as of trl_step.py. The learner has no hook around a step, so a step is timed from one
+Arguments as of trl_step.py, and `--micro`: questions of a training micro-batch, all of them unless
+told; gradients are summed up to one update a step. The learner has no hook around a step, so a step is timed from one
 call of the reward function to the next: update and reference of one batch, completions of the next.
 """
 
@@ -77,6 +78,7 @@ def main():
     parser.add_argument("--model")
     for name in ("prompt", "completion", "group", "questions"):
         parser.add_argument(f"--{name}", type=int)
+    parser.add_argument("--micro", type=int)
     asked = parser.parse_args()
     with open(os.path.join(asked.model, "config.json")) as file:
         shape = json.load(file)
@@ -101,7 +103,7 @@ def main():
                 eval_every_n_steps=STEPS,
                 max_steps=STEPS,
                 mini_batch_size=asked.questions,
-                train_micro_batch_size=asked.questions,
+                train_micro_batch_size=asked.micro or asked.questions,
             ),
             rollout_config=base_rollout.RolloutConfig(
                 max_tokens_to_generate=asked.completion,

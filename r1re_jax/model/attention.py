@@ -82,80 +82,63 @@ def _attend(query_KBTgA: jax.Array, parts: tuple[Part, ...]) -> jax.Array:
 
 
 def _forward(query_KBTgA: jax.Array, parts: tuple[Part, ...]) -> tuple[jax.Array, tuple]:
-    blocks = _Blocks.of(query_KBTgA, parts)
-
-    def block(_: None, cut: tuple) -> tuple[None, tuple]:
-        return None, _attend_block(*cut[0], blocks.parts(parts, cut[1]))
-
-    _, (out, lse) = blocks.over(block, None, (query_KBTgA,), parts)
-    out = out.astype(query_KBTgA.dtype)
-    return out, (query_KBTgA, parts, out, lse)
+    """Return the attention, and what the backward pass needs of it."""
+    partials = [
+        _over_blocks(lambda query, part: (None, _partial(query, part)), (query_KBTgA,), part)[1]
+        for part in parts
+    ]
+    largest = functools.reduce(jnp.maximum, [top for top, _, _ in partials])
+    scales = [jnp.exp(top - largest) for top, _, _ in partials]
+    total = sum(part[1] * scale for part, scale in zip(partials, scales, strict=True))
+    merged = sum(part[2] * scale for part, scale in zip(partials, scales, strict=True))
+    out = (merged / total).astype(query_KBTgA.dtype)
+    return out, (query_KBTgA, parts, out, largest + jnp.log(total))
 
 
 def _backward(kept: tuple, cotangent_KBTgA: jax.Array) -> tuple[jax.Array, tuple]:
+    """Return the gradients of queries and parts: each part's own, given the merged softmax."""
     query, parts, out, lse = kept
-    blocks = _Blocks.of(query, parts)
     delta = jnp.sum(cotangent_KBTgA.astype(jnp.float32) * out, -1, keepdims=True)
-
-    def block(total: tuple, cut: tuple) -> tuple[tuple, tuple]:
-        arrays, masks = cut
-        by_query, by_parts = _attend_block_backward(*arrays, blocks.parts(parts, masks))
-        return jax.tree.map(jnp.add, total, by_parts), (by_query,)
-
-    zero = tuple((_transposed_zeros(part.key), _transposed_zeros(part.value)) for part in parts)
-    arrays = query, cotangent_KBTgA, lse, delta
-    by_parts, (by_query,) = blocks.over(block, zero, arrays, parts)
-    gradients = tuple(
-        Part(
-            jnp.swapaxes(by_key, -1, -2).astype(part.key.dtype),
-            jnp.swapaxes(by_value, -1, -2).astype(part.value.dtype),
-            None,
-        )
-        for part, (by_key, by_value) in zip(parts, by_parts, strict=True)
-    )
-    return by_query.astype(query.dtype), gradients
+    arrays, by_query, by_parts = (query, cotangent_KBTgA, lse, delta), 0.0, []
+    for part in parts:
+        zero = _transposed_zeros(part.key), _transposed_zeros(part.value)
+        (by_key, by_value), (mine,) = _over_blocks(_partial_backward, arrays, part, zero)
+        by_query += mine
+        by_key = jnp.swapaxes(by_key, -1, -2).astype(part.key.dtype)
+        by_value = jnp.swapaxes(by_value, -1, -2).astype(part.value.dtype)
+        by_parts.append(Part(by_key, by_value, None))
+    return by_query.astype(query.dtype), tuple(by_parts)
 
 
 _attend.defvjp(_forward, _backward)
 
 
-def _attend_block(query_KBtgA: jax.Array, parts: Sequence[Part]) -> tuple[jax.Array, jax.Array]:
-    """Return the attention of a block's queries, and the log-sum-exp of their scores [..., 1]."""
-    partials = []
-    for part in parts:
-        score = _masked_scores(query_KBtgA, part)
-        # The maximum only shifts the exponent: the result does not depend on it.
-        top = score.max(-1, keepdims=True)
-        weight = jnp.exp(score - top)
-        value = _product(weight.astype(part.value.dtype), part.value, part.batch, 1, 0)
-        partials.append([_above(x, query_KBtgA) for x in (top, weight.sum(-1)[..., None], value)])
-    largest = functools.reduce(jnp.maximum, [top for top, _, _ in partials])
-    scales = [jnp.exp(top - largest) for top, _, _ in partials]
-    total = sum(part[1] * scale for part, scale in zip(partials, scales, strict=True))
-    merged = sum(part[2] * scale for part, scale in zip(partials, scales, strict=True))
-    return merged / total, largest + jnp.log(total)
+def _partial(query_KBtgA: jax.Array, part: Part) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Return the largest score m, z and o of a block's queries over a part; [K, *B, t, g, 1 | A]."""
+    score = _masked_scores(query_KBtgA, part)
+    # The maximum only shifts the exponent: the result does not depend on it.
+    top = score.max(-1, keepdims=True)
+    weight = jnp.exp(score - top)
+    value = _product(weight.astype(part.value.dtype), part.value, part.batch, 1, 0)
+    top, total, value = (
+        _above(x, query_KBtgA) for x in (top, weight.sum(-1, keepdims=True), value)
+    )
+    return top, total, value
 
 
-def _attend_block_backward(
-    query: jax.Array,
-    cotangent: jax.Array,
-    lse: jax.Array,
-    delta: jax.Array,
-    parts: Sequence[Part],
-) -> tuple[jax.Array, tuple]:
-    """Return the gradients of a block's queries, and of each part's key and value [..., A, S]."""
-    by_query, by_parts = jnp.zeros(query.shape, jnp.float32), []
-    for part in parts:
-        q, g, log_sum, drift = (_below(x, part) for x in (query, cotangent, lse, delta))
-        dtype, batch = part.value.dtype, part.batch
-        weight = jnp.exp(_masked_scores(query, part) - log_sum)
-        by_score = (weight * (_product(g, part.value, batch, 1, 1) - drift)).astype(dtype)
-        # Small factor first: it is the first whose transpose a matrix product may have to write.
-        by_value = _product(g, weight.astype(dtype), batch, 0, 0)
-        by_key = _product(q, by_score, batch, 0, 0)
-        by_query += _product(by_score, part.key, batch, 1, 0).reshape(query.shape)
-        by_parts.append((by_key, by_value))
-    return by_query, tuple(by_parts)
+def _partial_backward(
+    query: jax.Array, cotangent: jax.Array, lse: jax.Array, delta: jax.Array, part: Part
+) -> tuple[tuple[jax.Array, jax.Array], tuple[jax.Array]]:
+    """Return the gradients of a part's key and value [..., A, S], and of a block's queries."""
+    q, g, log_sum, drift = (_below(x, part) for x in (query, cotangent, lse, delta))
+    dtype, batch = part.value.dtype, part.batch
+    weight = jnp.exp(_masked_scores(query, part) - log_sum)
+    by_score = (weight * (_product(g, part.value, batch, 1, 1) - drift)).astype(dtype)
+    # Small factor first: it is the first whose transpose a matrix product may have to write.
+    by_value = _product(g, weight.astype(dtype), batch, 0, 0)
+    by_key = _product(q, by_score, batch, 0, 0)
+    by_query = _product(by_score, part.key, batch, 1, 0).reshape(query.shape)
+    return (by_key, by_value), (by_query,)
 
 
 def _masked_scores(query_KBtgA: jax.Array, part: Part) -> jax.Array:
@@ -199,57 +182,43 @@ def _transposed_zeros(x_KbSA: jax.Array) -> jax.Array:
     return jnp.zeros((*x_KbSA.shape[:-2], x_KbSA.shape[-1], x_KbSA.shape[-2]), jnp.float32)
 
 
-@dataclasses.dataclass(frozen=True)
-class _Blocks:
-    """How query positions are cut into blocks.
+def _over_blocks(block: Any, arrays: tuple, part: Part, zero: Any = None) -> tuple[Any, tuple]:
+    """Return (sums, arrays) of `block(*arrays, part)`, a block of query positions at a time.
 
-    Attributes:
-        count: of blocks.
-        size: positions of a block; the last one is filled up.
-        tokens: T, positions in all.
+    Sums begin with `zero`. Blocks are of one part's scores: another part may be cut otherwise. Arrays given and returned
+    are [K, *B, T, g, ...]; a mask that differs from position to position is cut with them.
     """
+    axis = arrays[0].ndim - 3
+    tokens, scores = arrays[0].shape[axis], math.prod(arrays[0].shape[:-1]) * part.key.shape[-2]
+    count = -(-tokens // max(SCORES * tokens // scores, SHORTEST))
+    if count == 1:
+        return block(*arrays, part)
+    size = -(-tokens // count)
+    own_mask = part.mask.shape[-2] > 1
 
-    count: int
-    size: int
-    tokens: int
+    def step(total: Any, cut: tuple) -> tuple[Any, tuple]:
+        arrays, mask = cut
+        here = dataclasses.replace(part, mask=mask) if own_mask else part
+        sums, results = block(*arrays, here)
+        return jax.tree.map(jnp.add, total, sums), results
 
-    @classmethod
-    def of(cls, query_KBTgA: jax.Array, parts: Sequence[Part]) -> "_Blocks":
-        tokens, widest = query_KBTgA.shape[-3], max(part.key.shape[-2] for part in parts)
-        rows = math.prod(query_KBTgA.shape) // (tokens * query_KBTgA.shape[-1])
-        count = -(-tokens // max(SCORES // (rows * widest), SHORTEST))
-        return cls(count, -(-tokens // count), tokens)
+    cut = lambda x, axis: _cut(x, axis, count, size)  # noqa: E731
+    pieces = tuple(cut(x, axis) for x in arrays), cut(part.mask, -2) if own_mask else None
+    total, results = jax.lax.scan(step, zero, pieces)
+    return total, tuple(_join(x, axis, tokens) for x in results)
 
-    def over(self, block: Any, total: Any, arrays: tuple, parts: Sequence[Part]) -> tuple:
-        """Scan `block` over the blocks: (total, (their arrays, their masks)) -> (total, results).
 
-        Arrays and results are [K, *B, T, g, ...].
-        """
-        axis = arrays[0].ndim - 3
-        masks = tuple(part.mask for part in parts if part.mask.shape[-2] > 1)
-        if self.count == 1:
-            return block(total, (arrays, masks))
-        cut = tuple(self._cut(x, axis) for x in arrays), tuple(self._cut(x, -2) for x in masks)
-        total, results = jax.lax.scan(block, total, cut)
-        return total, tuple(self._join(x, axis) for x in results)
+def _cut(x: jax.Array, axis: int, count: int, size: int) -> jax.Array:
+    """Cut an axis into blocks, filled up by zeros: [count, ..., size, ...]."""
+    axis %= x.ndim
+    filling = [(0, 0)] * x.ndim
+    filling[axis] = (0, count * size - x.shape[axis])
+    x = jnp.pad(x, filling) if filling[axis][1] else x
+    return jnp.moveaxis(x.reshape(*x.shape[:axis], count, size, *x.shape[axis + 1 :]), axis, 0)
 
-    def parts(self, parts: Sequence[Part], masks: Sequence[jax.Array]) -> list[Part]:
-        """The parts as a block sees them: masks that differ from token to token are the block's."""
-        left = iter(masks)
-        return [
-            dataclasses.replace(part, mask=next(left)) if part.mask.shape[-2] > 1 else part
-            for part in parts
-        ]
 
-    def _cut(self, x: jax.Array, axis: int) -> jax.Array:
-        axis %= x.ndim
-        filling = [(0, 0)] * x.ndim
-        filling[axis] = (0, self.count * self.size - self.tokens)
-        x = jnp.pad(x, filling) if filling[axis][1] else x
-        shape = (*x.shape[:axis], self.count, self.size, *x.shape[axis + 1 :])
-        return jnp.moveaxis(x.reshape(shape), axis, 0)
-
-    def _join(self, x: jax.Array, axis: int) -> jax.Array:
-        x = jnp.moveaxis(x, 0, axis)
-        x = x.reshape(*x.shape[:axis], -1, *x.shape[axis + 2 :])
-        return jax.lax.slice_in_dim(x, 0, self.tokens, axis=axis)
+def _join(x: jax.Array, axis: int, tokens: int) -> jax.Array:
+    """The inverse of `_cut`."""
+    x = jnp.moveaxis(x, 0, axis)
+    x = x.reshape(*x.shape[:axis], -1, *x.shape[axis + 2 :])
+    return jax.lax.slice_in_dim(x, 0, tokens, axis=axis)

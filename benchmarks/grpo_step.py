@@ -27,6 +27,9 @@ SHAPE = flags.DEFINE_string("shape", "704,64,96", "tokens: SHARED,QUESTION,COMPL
 AGAINST = flags.DEFINE_list("against", ["trl", "tunix", "flat"], "any of trl, tunix, flat")
 VENVS = flags.DEFINE_string("venvs", str(cache_folder() / "peers"), "environments of the peers")
 ROUNDS = flags.DEFINE_integer("rounds", 5, "how often each side takes its turn", lower_bound=1)
+TUNIX_MICRO = flags.DEFINE_integer(
+    "tunix_micro", QUESTIONS, "questions of a micro-batch of Tunix's: fewer where memory ends"
+)
 JSON = flags.DEFINE_string("json", "", "write the result to this file, too")
 PEERS = ("trl", "tunix")
 
@@ -37,6 +40,7 @@ def peer(name: str, shape: Shape, folder: Path) -> sides.Worker:
     sizes = {"prompt": shape.prompt, "completion": shape.completion}
     sizes |= {"group": GROUP, "questions": QUESTIONS}
     script = Path(__file__).parent / "peers" / f"{name}_step.py"
+    sizes |= {"micro": TUNIX_MICRO.value} if name == "tunix" else {}
     arguments = [word for key, size in sizes.items() for word in (f"--{key}", str(size))]
     command = [str(python), str(script), "--model", str(folder), *arguments]
     return sides.start(name, command, log=folder / f"{name}.log")
@@ -78,6 +82,7 @@ def main(argv: list[str]) -> None:
             "seconds": {name: statistics.median(times) for name, times in seconds.items()},
             "ratio": ratio,
             "rounds": seconds,
+            "tunix_micro": TUNIX_MICRO.value,
             "sides": {name: dict(worker.about) for name, worker in workers.items()},
         },
         path=JSON.value,

@@ -2,9 +2,10 @@
 
     python tunix_step.py --model FOLDER --prompt 768 --completion 96 --group 8 --questions 4
 
-Arguments as of trl_step.py, and `--micro`: questions of a training micro-batch, all of them unless
-told; gradients are summed up to one update a step. The learner has no hook around a step, so a step is timed from one
-call of the reward function to the next: update and reference of one batch, completions of the next.
+Arguments as of trl_step.py, and `--micro`: questions of a micro-batch, all of them unless told;
+gradients are summed up to one update a step. The learner has no hook around a step, so a step is
+timed from one call of the reward function to the next, or as many calls as there are micro-batches:
+update and reference of one batch, completions of the next.
 """
 
 import argparse
@@ -36,13 +37,23 @@ def tell(**message):
 
 
 class Turns:
-    """A reward that waits for its turn after every batch but the first ones, which warm up."""
+    """A reward that waits for its turn after every batch but the first ones, which warm up.
 
-    def __init__(self, warm_up):
+    It is called once for each of a batch's micro-batches, `pieces` of them.
+    """
+
+    def __init__(self, warm_up, pieces):
         self.left, self.begin = warm_up, 0.0
+        self.pieces, self.calls = pieces, 0
         self.__name__ = "reward"  # the learner logs it
 
     def __call__(self, prompts, completions, **more):
+        self.calls += 1
+        if self.calls % self.pieces == 0:
+            self.end_of_batch()
+        return [float(len(text) % 7) for text in completions]
+
+    def end_of_batch(self):
         if self.left < 0:
             tell(seconds=time.perf_counter() - self.begin)
         elif self.left == 0:
@@ -51,7 +62,6 @@ class Turns:
             os._exit(0)
         self.left -= 1
         self.begin = time.perf_counter()
-        return [float(len(text) % 7) for text in completions]
 
 
 def make_model(shape):
@@ -80,6 +90,7 @@ def main():
         parser.add_argument(f"--{name}", type=int)
     parser.add_argument("--micro", type=int)
     asked = parser.parse_args()
+    micro = asked.micro or asked.questions
     with open(os.path.join(asked.model, "config.json")) as file:
         shape = json.load(file)
     tokenizer = transformers.PreTrainedTokenizerFast.from_pretrained(asked.model)
@@ -103,7 +114,7 @@ def main():
                 eval_every_n_steps=STEPS,
                 max_steps=STEPS,
                 mini_batch_size=asked.questions,
-                train_micro_batch_size=asked.micro or asked.questions,
+                train_micro_batch_size=micro,
             ),
             rollout_config=base_rollout.RolloutConfig(
                 max_tokens_to_generate=asked.completion,
@@ -119,7 +130,7 @@ def main():
     )
     GRPOLearner(
         rl_cluster=cluster,
-        reward_fns=[Turns(warm_up=2)],
+        reward_fns=[Turns(warm_up=2, pieces=asked.questions // micro)],
         algo_config=GRPOConfig(
             num_generations=asked.group, num_iterations=1, beta=0.001, epsilon=0.2
         ),

@@ -38,8 +38,9 @@ class Part:
     """Keys and values of one level as seen by the queries.
 
     Attributes:
-        key: [K, *B', S, A], B' a prefix of the queries' batch dimensions B. Int8 ones have a scale
-            for each slot, and no gradient.
+        key: [K, *B', A, S], B' a prefix of the queries' batch dimensions B; slots last, as their
+            product with a few queries reads them. Int8 ones have a scale for each slot, and no
+            gradient.
         value: [K, *B', S, A].
         mask: bool, True where a query may look: [*B', 1, S] (the same for all rows below), or
             [*B, T, S] or [T, S] (B' = B only). What is hidden has weight 0 exactly, but must be
@@ -54,6 +55,11 @@ class Part:
     def batch(self) -> int:
         """Leading dimensions that queries and keys share: the heads, and B'."""
         return self.key.ndim - 2
+
+    @property
+    def slots(self) -> int:
+        """S, keys of a row."""
+        return self.key.shape[-1]
 
 
 def attend(query: jax.Array, parts: Sequence[Part]) -> jax.Array:
@@ -101,12 +107,11 @@ def _backward(kept: tuple, cotangent_KBTgA: jax.Array) -> tuple[jax.Array, tuple
     delta = jnp.sum(cotangent_KBTgA.astype(jnp.float32) * out, -1, keepdims=True)
     arrays, by_query, by_parts = (query, cotangent_KBTgA, lse, delta), 0.0, []
     for part in parts:
-        zero = _transposed_zeros(part.key), _transposed_zeros(part.value)
+        zero = (jnp.zeros(part.key.shape, jnp.float32),) * 2
         (by_key, by_value), (mine,) = _over_blocks(_partial_backward, arrays, part, zero)
         by_query += mine
-        by_key = jnp.swapaxes(by_key, -1, -2).astype(part.key.dtype)
         by_value = jnp.swapaxes(by_value, -1, -2).astype(part.value.dtype)
-        by_parts.append(Part(by_key, by_value, None))
+        by_parts.append(Part(by_key.astype(part.key.dtype), by_value, None))
     return by_query.astype(query.dtype), tuple(by_parts)
 
 
@@ -114,12 +119,12 @@ _attend.defvjp(_forward, _backward)
 
 
 def _partial(query_KBtgA: jax.Array, part: Part) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Return the largest score m, z and o of a block's queries over a part; [K, *B, t, g, 1 | A]."""
+    """Return m, z [K, *B, t, g, 1] and o [K, *B, t, g, A] of a block's queries over a part."""
     score = _masked_scores(query_KBtgA, part)
     # The maximum only shifts the exponent: the result does not depend on it.
     top = score.max(-1, keepdims=True)
     weight = jnp.exp(score - top)
-    value = _product(weight.astype(part.value.dtype), part.value, part.batch, 1, 0)
+    value = _product(*_weighted(weight.astype(part.value.dtype), part.value), part.batch, 1, 0)
     top, total, value = (
         _above(x, query_KBtgA) for x in (top, weight.sum(-1, keepdims=True), value)
     )
@@ -137,30 +142,34 @@ def _partial_backward(
     # Small factor first: it is the first whose transpose a matrix product may have to write.
     by_value = _product(g, weight.astype(dtype), batch, 0, 0)
     by_key = _product(q, by_score, batch, 0, 0)
-    by_query = _product(by_score, part.key, batch, 1, 0).reshape(query.shape)
+    by_query = _product(by_score, part.key, batch, 1, 1).reshape(query.shape)
     return (by_key, by_value), (by_query,)
 
 
 def _masked_scores(query_KBtgA: jax.Array, part: Part) -> jax.Array:
     """Return the scores of a block's queries, [K, *B', M, S] with M all that lie below a row."""
-    score = _product(_below(query_KBtgA, part), part.key, part.batch, 1, 1)
-    mask = part.mask
+    below, key, mask = _below(query_KBtgA, part), part.key, part.mask
+    # A slot's scale is taken out of the product, where it multiplies a number and not a row.
+    if isinstance(key, Int8):
+        score = _product(below, key.value.astype(below.dtype), part.batch, 1, 0) * key.scale
+    else:
+        score = _product(below, key, part.batch, 1, 0)
     if mask.shape[-2] > 1:  # one row per token: the heads of a group are neighbouring queries
         mask = jnp.repeat(mask, query_KBtgA.shape[-2], axis=-2)
     mask = mask.reshape(*[1] * (score.ndim - mask.ndim), *mask.shape)
     return jnp.where(mask, score, MASKED)
 
 
-def _product(
-    one: jax.Array, other: jax.Array | Int8, batch: int, axis: int, other_axis: int
-) -> jax.Array:
+def _weighted(weight_KbMS: jax.Array, value_KbSA: jax.Array | Int8) -> tuple[jax.Array, jax.Array]:
+    """Return weights and values for their product; a slot's scale goes to its weight."""
+    if isinstance(value_KbSA, Int8):
+        scale = jnp.swapaxes(value_KbSA.scale, -1, -2)
+        return weight_KbMS * scale, value_KbSA.value.astype(weight_KbMS.dtype)
+    return weight_KbMS, value_KbSA
+
+
+def _product(one: jax.Array, other: jax.Array, batch: int, axis: int, other_axis: int) -> jax.Array:
     """Matrix product in fp32 over one of the last two axes of each, 0 or 1; the others remain."""
-    if isinstance(other, Int8):
-        # A slot's scale is taken out of the product, where it multiplies a number and not a row.
-        scale, numbers = jnp.swapaxes(other.scale, -1, -2), other.value.astype(one.dtype)
-        if other_axis == 1:
-            return _product(one, numbers, batch, axis, other_axis) * scale
-        return _product(one * scale, numbers, batch, axis, other_axis)
     shared = tuple(range(batch))
     contracted = ((batch + axis,), (batch + other_axis,))
     return jax.lax.dot_general(
@@ -178,18 +187,15 @@ def _above(x_KbMX: jax.Array, query_KBtgA: jax.Array) -> jax.Array:
     return x_KbMX.reshape(*query_KBtgA.shape[:-1], x_KbMX.shape[-1])
 
 
-def _transposed_zeros(x_KbSA: jax.Array) -> jax.Array:
-    return jnp.zeros((*x_KbSA.shape[:-2], x_KbSA.shape[-1], x_KbSA.shape[-2]), jnp.float32)
-
-
 def _over_blocks(block: Any, arrays: tuple, part: Part, zero: Any = None) -> tuple[Any, tuple]:
     """Return (sums, arrays) of `block(*arrays, part)`, a block of query positions at a time.
 
-    Sums begin with `zero`. Blocks are of one part's scores: another part may be cut otherwise. Arrays given and returned
-    are [K, *B, T, g, ...]; a mask that differs from position to position is cut with them.
+    Sums begin with `zero`. Blocks are of one part's scores: another part may be cut otherwise.
+    Arrays given and returned are [K, *B, T, g, ...]; a mask that differs from position to position
+    is cut with them.
     """
     axis = arrays[0].ndim - 3
-    tokens, scores = arrays[0].shape[axis], math.prod(arrays[0].shape[:-1]) * part.key.shape[-2]
+    tokens, scores = arrays[0].shape[axis], math.prod(arrays[0].shape[:-1]) * part.slots
     count = -(-tokens // max(SCORES * tokens // scores, SHORTEST))
     if count == 1:
         return block(*arrays, part)

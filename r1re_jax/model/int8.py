@@ -7,7 +7,6 @@ LLM.int8(), arXiv 2208.07339, section 2.1, without its outliers).
 
 import dataclasses
 import enum
-from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
@@ -52,11 +51,6 @@ class Int8:
         value = jnp.round(x / scale.astype(jnp.float32))
         return cls(jnp.clip(value, -LARGEST, LARGEST).astype(jnp.int8), scale)
 
-    @classmethod
-    def zeros(cls, shape: Sequence[int], dtype: jnp.dtype) -> "Int8":
-        """Return zeros with a scale for each last axis."""
-        return cls(jnp.zeros(shape, jnp.int8), jnp.zeros((*shape[:-1], 1), dtype))
-
     @property
     def shape(self) -> tuple[int, ...]:
         """Of the numbers."""
@@ -78,8 +72,8 @@ class Int8:
         return self.scale.dtype
 
 
-def stored_as(like: jax.Array | Int8, x: jax.Array) -> jax.Array | Int8:
-    """Return x [..., A] stored as another array is; int8 has a scale for each last axis."""
+def stored_as(like: jax.Array | Int8, x: jax.Array, *, axis: int) -> jax.Array | Int8:
+    """Return x stored as another array is; numbers along the axis share a scale in int8."""
     if isinstance(like, Int8):
-        return Int8.of(x, axis=-1, dtype=like.scale.dtype)
+        return Int8.of(x, axis=axis, dtype=like.scale.dtype)
     return x.astype(like.dtype)

@@ -12,6 +12,7 @@ Llama differ.
 
 import dataclasses
 import enum
+import functools
 from collections.abc import Callable, Sequence
 
 import jax
@@ -47,8 +48,8 @@ class KeyValue:
     """Rotated keys and values of one level for all layers.
 
     Attributes:
-        key: [L, K, *B, T, A], or L arrays without the first axis.
-        value: likewise.
+        key: [L, K, *B, A, T], or L arrays without the first axis.
+        value: [L, K, *B, T, A], or likewise.
     """
 
     key: jax.Array | tuple[jax.Array | Int8, ...]
@@ -144,14 +145,15 @@ class Block(nnx.Module):
         )
 
     def project(self, x: jax.Array, turn: Rotation) -> tuple[jax.Array, jax.Array, jax.Array]:
-        """[*B, T, D] -> rotated query [*B, T, H, A], rotated key and value [K, *B, T, A]."""
+        """[*B, T, D] -> query [*B, T, H, A], key [K, *B, A, T], value [K, *B, T, A]."""
         h = self.attention_norm(x)
         heads = lambda y: y.reshape(*y.shape[:-1], -1, self.config.head_size)  # noqa: E731
         query, key = heads(self.query(h)), heads(self.key(h))
         if self.query_norm is not None and self.key_norm is not None:
             query, key = self.query_norm(query), self.key_norm(key)
         first = lambda x: jnp.moveaxis(x, -2, 0)  # noqa: E731
-        return rotary(query, turn), first(rotary(key, turn)), first(heads(self.value(h)))
+        key, value = first(rotary(key, turn)), first(heads(self.value(h)))
+        return rotary(query, turn), jnp.swapaxes(key, -1, -2), value
 
     def finish(self, x: jax.Array, attended: jax.Array) -> jax.Array:
         """Add the attention's output [*B, T, H, A] and the MLP to the stream x [*B, T, D]."""
@@ -255,15 +257,15 @@ class Qwen(nnx.Module):
             hidden [*B, D] and the updated own cache.
         """
         turn = rotation((start + step)[..., None], self.config.rope_frequencies)
-        seen = (jnp.arange(own.key[0].shape[-2]) <= step)[None]
+        seen = (jnp.arange(own.value[0].shape[-2]) <= step)[None]
         graph, _ = nnx.split(self.layers)
         x, keys, values = self._embedded(tokens[..., None]), [], []
         for index, weights in enumerate(layers or self.layer_weights()):
             block = nnx.merge(graph, weights)
             query, key, value = block.project(x, turn)
             above = [KeyValue(cache.key[index], cache.value[index]) for cache in ancestors]
-            keys.append(_write(own.key[index], key, step))
-            values.append(_write(own.value[index], value, step))
+            keys.append(_write(own.key[index], key, step, axis=-1))
+            values.append(_write(own.value[index], value, step, axis=-2))
             mine = Part(keys[-1], values[-1], seen)
             x = block.finish(x, attend(query, [*_ancestor_parts(above, ancestors), mine]))
         return self.norm(x)[..., 0, :], KeyValue(tuple(keys), tuple(values))
@@ -284,15 +286,20 @@ class Qwen(nnx.Module):
         return weight.astype(dtype)
 
     def empty_cache(self, batch: Sequence[int], length: int) -> KeyValue:
-        """Return a zero own cache, an array [K, *batch, length, A] for each layer.
+        """Return a zero own cache, for each layer of keys and values [K, *batch, ...].
 
         Where the model caches in int8, it is an `Int8` with a scale for each token and head.
         """
         config = self.config
-        shape = (config.kv_heads, *batch, length, config.head_size)
-        make = Int8.zeros if self.cache is Quantisation.INT8 else jnp.zeros
-        zeros = lambda: tuple(make(shape, self.dtype) for _ in range(config.layers))  # noqa: E731
-        return KeyValue(zeros(), zeros())
+        heads, size = (config.kv_heads, *batch), config.head_size
+
+        def zeros(*shape: int, axis: int) -> tuple[jax.Array | Int8, ...]:
+            whole = jnp.zeros((*heads, *shape), self.dtype)
+            if self.cache is Quantisation.INT8:
+                return (Int8.of(whole, axis=axis, dtype=self.dtype),) * config.layers
+            return (whole,) * config.layers
+
+        return KeyValue(zeros(size, length, axis=-2), zeros(length, size, axis=-1))
 
     def _random_head(self, rngs: nnx.Rngs) -> nnx.Param:
         shape = (self.config.width, self.config.vocab)
@@ -325,14 +332,16 @@ def _ancestor_parts(above: Sequence[KeyValue], ancestors: Sequence[Cache]) -> li
     """One layer's keys of each ancestor, with the mask that hides the ancestor's padding."""
     parts = []
     for keys, cache in zip(above, ancestors, strict=True):
-        slots = jnp.arange(keys.key.shape[-2], dtype=jnp.int32)
+        slots = jnp.arange(keys.value.shape[-2], dtype=jnp.int32)
         seen = last_axis(slots, cache.length.ndim + 1) < cache.length[..., None]
         parts.append(Part(keys.key, keys.value, seen[..., None, :]))
     return parts
 
 
-def _write(cache: jax.Array | Int8, new: jax.Array, step: jax.Array) -> jax.Array | Int8:
-    """Put new [K, *B, 1, A] into cache [K, *B, C, A] at slot `step`."""
-    start = (*[0] * (new.ndim - 2), step, 0)
-    put = lambda into, x: jax.lax.dynamic_update_slice(into, x, start)  # noqa: E731
-    return jax.tree.map(put, cache, stored_as(cache, new))
+def _write(
+    cache: jax.Array | Int8, new: jax.Array, step: jax.Array, *, axis: int
+) -> jax.Array | Int8:
+    """Put new keys or values, of one slot along an axis, into the cache at slot `step`."""
+    put = functools.partial(jax.lax.dynamic_update_slice_in_dim, start_index=step, axis=axis)
+    # Of the last two axes one are the slots and one is a head's size.
+    return jax.tree.map(put, cache, stored_as(cache, new, axis=-3 - axis))

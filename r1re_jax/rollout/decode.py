@@ -20,7 +20,15 @@ from r1re_jax.model.tree import Level
 from r1re_jax.rollout.keys import token_keys
 from r1re_jax.rollout.sampling import sample
 from r1re_jax.rollout.shapes import RECENT
-from r1re_jax.rollout.state import DecodeState, Drawn, Program, empty_cache, recorded, spread
+from r1re_jax.rollout.state import (
+    DecodeState,
+    Drawn,
+    Program,
+    along_slots,
+    empty_cache,
+    recorded,
+    spread,
+)
 
 
 @jax.tree_util.register_dataclass
@@ -241,8 +249,10 @@ class _Loop:
             lambda chunk: self.advance(chunk, written, cache),
             chunk,
         )
-        put = functools.partial(jax.lax.dynamic_update_slice_in_dim, start_index=written, axis=-2)
-        return chunk, jax.tree.map(put, past, chunk.recent)
+        put = lambda into, block, axis: (  # noqa: E731
+            jax.lax.dynamic_update_slice_in_dim(into, block, written, axis)
+        )
+        return chunk, along_slots(put, past, chunk.recent)
 
     def advance(self, chunk: _Chunk, written: jax.Array, past: Cache) -> _Chunk:
         """Draw a token of every row; the keys of `written` tokens are in the past."""

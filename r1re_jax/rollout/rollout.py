@@ -129,7 +129,7 @@ def generate(
                 rows_done=keys.size - left,
                 rows=keys.size,
                 batch=done.size,
-                width=state.past.key[0].shape[-2],
+                width=state.past.value[0].shape[-2],
             )
             on_chunk(progress)
         if step == limit or not left:
@@ -210,7 +210,7 @@ class _Sizes:
             state, question = compact(state, caches[-1], kept, program=self.program)
             caches = (*caches[:-1], question)
         width = least_holding(self.widths, slots(min(step + chunk, limit) - 1))
-        if width > state.past.key[0].shape[-2]:
+        if width > state.past.value[0].shape[-2]:
             past = grown(state.past, width=width, program=self.program)
             state = dataclasses.replace(state, past=past)
         return state, tuple(caches)

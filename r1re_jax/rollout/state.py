@@ -6,7 +6,7 @@ Which shapes there can be is known beforehand, see `r1re_jax.rollout.shapes`.
 
 import dataclasses
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -69,9 +69,9 @@ class DecodeState:
         done: [*B] bool, as of `Drawn`, and of slots that hold no row.
         row: [*B] int32, which of `drawn` a slot draws; the spare one where it holds none.
         key: typed row keys [*B].
-        past: keys and values, L arrays [K, *B, W, A], of whole blocks of RECENT tokens: XLA copies
-            an array that it both reads and writes at a token.
-        recent: keys and values, L arrays [K, *B, RECENT, A], of the block that is begun.
+        past: keys and values of whole blocks of RECENT tokens, L arrays of W slots: XLA copies an
+            array that it both reads and writes at a token.
+        recent: keys and values of the block that is begun, L arrays of RECENT slots.
         drawn: see `Drawn`.
     """
 
@@ -89,12 +89,12 @@ class DecodeState:
 def grown(past: KeyValue, *, width: int, program: Program) -> KeyValue:
     """Return the cache of what rows have written with `width` slots."""
 
-    def wider(x: jax.Array) -> jax.Array:
+    def wider(x: jax.Array, axis: int) -> jax.Array:
         filling = [(0, 0)] * x.ndim
-        filling[-2] = (0, width - x.shape[-2])
+        filling[axis] = (0, width - x.shape[axis])
         return spread(jnp.pad(x, filling), program.mesh, x.ndim - 4, kv_heads=0)
 
-    return jax.tree.map(wider, past)
+    return along_slots(wider, past)
 
 
 @functools.partial(jax.jit, static_argnames="program")
@@ -185,6 +185,15 @@ def recorded(
         logp=drawn.logp.at[columns].set(flat(logp), mode="drop"),
         length=drawn.length.at[where].add(flat(count)),
         done=drawn.done.at[where].set(flat(state.done)),
+    )
+
+
+def along_slots(change: Callable, *caches: KeyValue) -> KeyValue:
+    """Return `change(arrays, axis)` of the keys and of the values; the axis is that of slots."""
+    of = lambda axis: lambda *arrays: change(*arrays, axis)  # noqa: E731
+    return KeyValue(
+        jax.tree.map(of(-1), *(cache.key for cache in caches)),
+        jax.tree.map(of(-2), *(cache.value for cache in caches)),
     )
 
 

@@ -61,7 +61,7 @@ class FakeDecoding:
 
     def state(self, rows: np.ndarray, step: int, width: int) -> Any:
         done = np.where(rows < ROWS, self.lengths[np.minimum(rows, ROWS - 1)] <= step, True)
-        past = SimpleNamespace(key=[np.empty((1, *rows.shape, width, 0))])
+        past = SimpleNamespace(value=[np.empty((1, *rows.shape, width, 0))])
         return _State(done=done, past=past, row=rows, step=step)
 
     def prefill(self, *args: Any, **more: Any) -> tuple[None, tuple[None]]:
@@ -73,15 +73,15 @@ class FakeDecoding:
     def decode_chunk(self, graph: Any, params: Any, state: Any, *args: Any, program: Any) -> tuple:
         until = min(state.step + program.chunk, program.limit)
         longest = self.lengths[state.row[state.row < ROWS]].max()
-        after = self.state(state.row, min(until, longest), state.past.key[0].shape[-2])
+        after = self.state(state.row, min(until, longest), state.past.value[0].shape[-2])
         return after, (after.step, after.done)
 
     def compact(self, state: Any, question: Any, slots: np.ndarray, **more: Any) -> tuple:
         rows = np.append(state.row.reshape(-1), ROWS)[slots].reshape(1, -1, 1)
-        return self.state(rows, state.step, state.past.key[0].shape[-2]), None
+        return self.state(rows, state.step, state.past.value[0].shape[-2]), None
 
     def grown(self, past: Any, *, width: int, **more: Any) -> Any:
-        return SimpleNamespace(key=[np.empty((*past.key[0].shape[:-2], width, 0))])
+        return SimpleNamespace(value=[np.empty((*past.value[0].shape[:-2], width, 0))])
 
 
 @dataclasses.dataclass(frozen=True)

@@ -213,8 +213,10 @@ def _again(config: ModelConfig, load: Load) -> int:
 def test_the_count_is_what_decoding_multiplies() -> None:
     config = tiny_config()
     graph, state = nnx.split(abstract_qwen(config))
+    size, stack = config.head_size, (config.layers, config.kv_heads)
     cache = lambda *batch, tokens: Cache(  # noqa: E731
-        *[np.zeros((config.layers, config.kv_heads, *batch, tokens, config.head_size))] * 2,
+        np.zeros((*stack, *batch, size, tokens)),
+        np.zeros((*stack, *batch, tokens, size)),
         np.full(batch, tokens),
     )
     above = cache(1, tokens=S), cache(1, P, tokens=Q)

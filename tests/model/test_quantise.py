@@ -150,10 +150,10 @@ def test_an_adapter_stays_as_it_is_beside_int8() -> None:
 def test_attention_over_int8_is_that_over_its_numbers() -> None:
     random = np.random.default_rng(0)
     draw = lambda *shape: jnp.asarray(random.normal(size=shape), jnp.float32)  # noqa: E731
-    query, key, value = draw(2, 3, 4, 8), draw(2, 2, 6, 8), draw(2, 2, 6, 8)
+    query, key, value = draw(2, 3, 4, 8), draw(2, 2, 8, 6), draw(2, 2, 6, 8)
     mask = jnp.arange(6)[None, None] < jnp.array([4, 6])[:, None, None]
-    own = Part(draw(2, 2, 3, 8), draw(2, 2, 3, 8), jnp.tril(jnp.ones((3, 3), bool)))
-    key, value = (made(x, axis=-1, dtype="float32") for x in (key, value))
+    own = Part(draw(2, 2, 8, 3), draw(2, 2, 3, 8), jnp.tril(jnp.ones((3, 3), bool)))
+    key, value = (made(x, axis=a, dtype="float32") for x, a in ((key, -2), (value, -1)))
     numbers = (x.value.astype(jnp.float32) * x.scale for x in (key, value))
     found = jax.jit(attend)(query, [Part(key, value, mask), own])
     expected = jax.jit(attend)(query, [Part(*numbers, mask), own])
@@ -163,12 +163,14 @@ def test_attention_over_int8_is_that_over_its_numbers() -> None:
 def test_an_int8_cache_holds_what_was_written() -> None:
     model = quantised(tiny_model(), cache="int8")
     own = model.empty_cache((1, 2), 4)
-    assert all(isinstance(x, Int8) and x.shape == (2, 1, 2, 4, 8) for x in (*own.key, *own.value))
-    assert own.key[0].scale.shape == (2, 1, 2, 4, 1), "a scale for each token and head"
+    assert all(isinstance(x, Int8) and x.shape == (2, 1, 2, 8, 4) for x in own.key)
+    assert all(isinstance(x, Int8) and x.shape == (2, 1, 2, 4, 8) for x in own.value)
+    assert own.key[0].scale.shape == (2, 1, 2, 1, 4), "a scale for each token and head"
+    assert own.value[0].scale.shape == (2, 1, 2, 4, 1), "a scale for each token and head"
     new = jnp.asarray(np.random.default_rng(1).normal(size=(2, 1, 2, 1, 8)), jnp.float32)
-    written = stored_as(own.key[0], new)
+    written = stored_as(own.value[0], new, axis=-1)
     np.testing.assert_array_equal(written.value, made(new, axis=-1, dtype="float32").value)
-    assert stored_as(jnp.zeros(1, jnp.bfloat16), new).dtype == jnp.bfloat16
+    assert stored_as(jnp.zeros(1, jnp.bfloat16), new, axis=-1).dtype == jnp.bfloat16
 
 
 def test_an_int8_cache_is_close_to_a_float_one() -> None:

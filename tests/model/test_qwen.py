@@ -173,12 +173,13 @@ def test_decode_equals_extend_whatever_the_free_slots_hold(model: Qwen) -> None:
     expected, _ = forward(model, rows)
     for filling in (0.0, 1e4):
         empty = model.empty_cache((N, P, G), C + 2)
-        assert [layer.shape for layer in empty.key] == [(2, N, P, G, C + 2, 6)] * 2
+        assert [layer.shape for layer in empty.key] == [(2, N, P, G, 6, C + 2)] * 2
+        assert [layer.shape for layer in empty.value] == [(2, N, P, G, C + 2, 6)] * 2
         own = jax.tree.map(lambda x, f=filling: np.full(x.shape, f, np.float32), empty)
         found, own = decoded(model, rows, own)
         np.testing.assert_allclose(found, expected, atol=2e-5)
         for layer in own.key:
-            np.testing.assert_array_equal(layer[..., C:, :], filling)
+            np.testing.assert_array_equal(layer[..., C:], filling)
 
 
 def test_padding_never_shows(model: Qwen) -> None:

@@ -89,9 +89,9 @@ def test_compaction_changes_no_sample(
     whole = decode.decode_chunk
 
     def counted(graph: object, params: object, state: decode.DecodeState, *a: object, **k: object):
-        key = state.past.key[0]
-        assert isinstance(key, Int8) and key.scale.shape == (*key.shape[:-1], 1)
-        seen.append((*state.done.shape, key.shape[-2]))
+        value = state.past.value[0]
+        assert isinstance(value, Int8) and value.scale.shape == (*value.shape[:-1], 1)
+        seen.append((*state.done.shape, value.shape[-2]))
         return whole(graph, params, state, *a, **k)
 
     expected = usual(weights, cache)

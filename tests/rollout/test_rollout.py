@@ -211,7 +211,7 @@ def test_compaction_changes_no_sample(
     whole = decode.decode_chunk
 
     def counted(graph: object, params: object, state: DecodeState, *a: object, **k: object):
-        rows.append((*state.done.shape, state.past.key[0].shape[-2]))
+        rows.append((*state.done.shape, state.past.value[0].shape[-2]))
         return whole(graph, params, state, *a, **k)
 
     monkeypatch.setattr(decode, "decode_chunk", counted)

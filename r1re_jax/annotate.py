@@ -35,6 +35,8 @@ class Draw:
         step: training step of the weights; part of every random key.
         batch: P, examples at a time.
         chunk: tokens between two calls of `on_chunk`.
+        compaction: sizes of the batch from one to its half, as of `generate`. One: completions of
+            an example or two are waited for by few rows, and each size is compiled.
         mesh: spreads the examples over the mesh's data axes.
         on_chunk: called between chunks; what it raises ends the drawing.
     """
@@ -47,6 +49,7 @@ class Draw:
     step: int = 0
     batch: int = 32
     chunk: int = 32
+    compaction: int = 1
     mesh: Mesh | None = None
     on_chunk: Callable[[Progress], None] | None = None
 
@@ -199,6 +202,7 @@ def _batch(
         stop_ids=encoder.stop_ids,
         pad_id=encoder.pad_id,
         chunk=draw.chunk,
+        compaction=draw.compaction,
         ancestors=guide,
         on_chunk=draw.on_chunk,
         mesh=draw.mesh,

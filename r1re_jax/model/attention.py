@@ -27,9 +27,11 @@ from r1re_jax.model.int8 import Int8
 # not exp(-inf + inf) = NaN. Every row has one real key at least: its own.
 MASKED = -1e30
 # Most scores that exist at a time, 4 MB of them: a processor's cache. Not fewer positions than
-# SHORTEST, whatever the batch: matrix products of less are slow.
+# SHORTEST, whatever the batch: matrix products of less are slow. A part of up to WHOLE scores
+# is not cut: cutting copies the queries and what comes of them.
 SCORES = 2**20
 SHORTEST = 16
+WHOLE = 2**22
 
 
 @jax.tree_util.register_dataclass
@@ -197,7 +199,7 @@ def _over_blocks(block: Any, arrays: tuple, part: Part, zero: Any = None) -> tup
     axis = arrays[0].ndim - 3
     tokens, scores = arrays[0].shape[axis], math.prod(arrays[0].shape[:-1]) * part.slots
     count = -(-tokens // max(SCORES * tokens // scores, SHORTEST))
-    if count == 1:
+    if count == 1 or scores <= WHOLE:
         return block(*arrays, part)
     size = -(-tokens // count)
     own_mask = part.mask.shape[-2] > 1

@@ -112,7 +112,7 @@ def generate(
     hidden, caches = decode.prefill(
         graph, params, tuple(levels), ancestors=tuple(ancestors), mesh=mesh
     )
-    sizes = _Sizes.of(keys.shape, compaction=compaction, program=program)
+    sizes = Sizes.of(keys.shape, compaction=compaction, program=program)
     width = sizes.widths[0]
     state = decode.start_state(graph, params, hidden, caches, keys, width=width, program=program)
     step, done = 1, np.asarray(state.done)
@@ -177,7 +177,7 @@ def _rollout(drawn: Drawn, shape: Sequence[int]) -> Rollout:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class _Sizes:
+class Sizes:
     """The shapes that a rollout's batch can have.
 
     Attributes:
@@ -191,7 +191,7 @@ class _Sizes:
     program: Program
 
     @classmethod
-    def of(cls, shape: Sequence[int], *, compaction: int, program: Program) -> "_Sizes":
+    def of(cls, shape: Sequence[int], *, compaction: int, program: Program) -> "Sizes":
         """Those of completions [*, P, G]."""
         ways = 1 if program.mesh is None else sharding.question_ways(program.mesh)
         rows = row_counts(shape[-2] * shape[-1], steps=compaction, ways=ways)

@@ -146,6 +146,7 @@ def test_blocks_change_nothing(scores: int, monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setattr(attention, "_cut", recorded)
     monkeypatch.setattr(attention, "SCORES", scores)
     monkeypatch.setattr(attention, "SHORTEST", 1)
+    monkeypatch.setattr(attention, "WHOLE", 0)
     jax.clear_caches()
     found, expected = case.gradients(), case.oracle()
     jax.clear_caches()

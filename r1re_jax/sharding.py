@@ -1,6 +1,8 @@
 """The mesh and the one table that says which mesh axis shards which logical axis."""
 
 import math
+from collections.abc import Sequence
+from typing import Any
 
 import jax
 import numpy as np
@@ -45,13 +47,15 @@ def question_ways(mesh: Mesh) -> int:
     return math.prod(mesh.shape[axis] for axis in RULES["question"] or ())
 
 
-def make_mesh(*, data: int = 1, fsdp: int = -1, tensor: int = 1) -> Mesh:
-    """Make the device mesh; one size may be −1 and takes the devices that are left.
+def make_mesh(
+    *, data: int = 1, fsdp: int = -1, tensor: int = 1, devices: Sequence[Any] | None = None
+) -> Mesh:
+    """Make the mesh of some devices, or of all; one size may be −1 and takes those left.
 
     Raises:
         ValueError: the sizes do not multiply to the number of devices.
     """
-    devices = jax.devices()
+    devices = jax.devices() if devices is None else devices
     sizes = [data, fsdp, tensor]
     if sizes.count(-1) > 1 or any(size == 0 or size < -1 for size in sizes):
         raise ValueError(

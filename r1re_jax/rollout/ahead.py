@@ -5,19 +5,53 @@ compiled for that. Where jax keeps compiled programs (`jax_compilation_cache_dir
 also of another process, finds them there.
 """
 
+import dataclasses
 from collections.abc import Iterator, Sequence
 from typing import Any
 
 import jax
 from flax import nnx
-from jax.sharding import Mesh
+from jax.sharding import Mesh, NamedSharding
 
 from r1re_jax.model.qwen import Cache
 from r1re_jax.model.tree import Level
 from r1re_jax.rollout import decode
 from r1re_jax.rollout.rollout import Sizes
 from r1re_jax.rollout.sampling import SamplingSettings
-from r1re_jax.rollout.state import DecodeState, Program, compact, grown
+from r1re_jax.rollout.state import Program, compact, grown
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Ahead:
+    """A program that was compiled ahead.
+
+    Attributes:
+        name: of the program.
+        jaxpr: what it computes.
+        compiled: for the devices of its arguments.
+        returns: shapes and shardings of what it returns.
+        rounds: how often the bodies of its while loops run at most, in all.
+    """
+
+    name: str
+    jaxpr: Any
+    compiled: jax.stages.Compiled
+    returns: Any
+    rounds: int = 1
+
+
+def compile_ahead(name: str, function: Any, *args: Any, rounds: int = 1, **more: Any) -> Ahead:
+    """Compile a jitted function for arguments that may be shapes in place of arrays."""
+    traced = function.trace(*args, **more)
+    compiled = traced.lower().compile()
+
+    def shape(x: jax.ShapeDtypeStruct, where: Any) -> jax.ShapeDtypeStruct:
+        # A sharding on one device is left out, as arrays there have none that was asked for.
+        where = where if isinstance(where, NamedSharding) else None
+        return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where)
+
+    returns = jax.tree.map(shape, function.eval_shape(*args, **more), compiled.output_shardings)
+    return Ahead(name=name, jaxpr=traced.jaxpr, compiled=compiled, returns=returns, rounds=rounds)
 
 
 def compile_rollout(
@@ -34,16 +68,15 @@ def compile_rollout(
     compaction: int = 0,
     ancestors: Sequence[Cache] = (),
     mesh: Mesh | None = None,
-) -> Iterator[tuple[str, jax.stages.Compiled]]:
+) -> Iterator[Ahead]:
     """Compile what `generate` runs with the same arguments, which may be shapes in place of arrays.
 
-    Dropping rows is compiled for each number of rows that a batch begins with or is cut to from
-    the first, and its growing from each width to the next: other pairs are copies that compile in a
-    moment.
+    Dropping rows is compiled from the first number of them to each other, and growing from the
+    first width to each other: what else can follow on what are copies that compile in a moment.
 
     Yields:
-        Names and programs, one at a time: `prefill`, `start`, and for every shape of the batch
-        `decode_<rows>x<slots>`, rows of all trees together. `compact_…` and `grow_…` beside them.
+        The programs, one at a time: `question_prefill`, `start`, and for every shape of the batch
+        `decode_<rows>x<slots>`, rows of all trees together; `compact_…` and `grow_…` before them.
     """
     program = Program(
         settings=settings,
@@ -53,42 +86,44 @@ def compile_rollout(
         chunk=chunk,
         mesh=mesh,
     )
-    sizes = Sizes.of(keys.shape, compaction=compaction, program=program)
-    model = graph, params
-    found, (hidden, caches) = _compiled(
-        decode.prefill, *model, tuple(levels), ancestors=tuple(ancestors), mesh=mesh
+    sizes, model = Sizes.of(keys.shape, compaction=compaction, program=program), (graph, params)
+    found = compile_ahead(
+        "question_prefill",
+        decode.prefill,
+        *model,
+        tuple(levels),
+        ancestors=tuple(ancestors),
+        mesh=mesh,
     )
-    yield "prefill", found
-    narrowest = sizes.widths[0]
-    found, whole = _compiled(
-        decode.start_state, *model, hidden, caches, keys, width=narrowest, program=program
+    yield found
+    hidden, caches = found.returns
+    narrowest, options = sizes.widths[0], {"program": program}
+    found = compile_ahead(
+        "start", decode.start_state, *model, hidden, caches, keys, width=narrowest, **options
     )
-    yield "start", found
-    trees = keys.shape[:-2]
+    yield found
+    whole, trees = found.returns, keys.shape[:-2]
     for rows in sizes.rows:
-        state, above = whole, caches
+        slots = jax.ShapeDtypeStruct((*trees, rows), "int32")
+        state, above, count = whole, caches, slots.size
         if rows < sizes.rows[0]:
-            slots = jax.ShapeDtypeStruct((*trees, rows), "int32")
-            found, (state, question) = _compiled(compact, whole, caches[-1], slots, program=program)
+            name = f"compact_{count}x{narrowest}"
+            found = compile_ahead(name, compact, whole, caches[-1], slots, **options)
+            yield found
+            state, question = found.returns
             above = (*caches[:-1], question)
-            yield f"compact_{_shape(state)}", found
         for width in sizes.widths:
             if width > narrowest:
-                found, past = _compiled(grown, state.past, width=width, program=program)
-                state = DecodeState(**{**vars(state), "past": past})
-                yield f"grow_{_shape(state)}", found
-            found, _ = _compiled(decode.decode_chunk, *model, state, above, program=program)
-            yield f"decode_{_shape(state)}", found
-
-
-def _compiled(function: Any, *args: Any, **more: Any) -> tuple[jax.stages.Compiled, Any]:
-    """Compile a jitted function; return it, and the shapes and shardings of what it returns."""
-    found = function.lower(*args, **more).compile()
-    shapes = function.eval_shape(*args, **more)
-    where = lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype)  # noqa: E731
-    return found, jax.tree.map(where, shapes, found.output_shardings)
-
-
-def _shape(state: Any) -> str:
-    """Rows of the batch, and slots of each: 64x128."""
-    return f"{state.done.size}x{state.past.value[0].shape[-2]}"
+                name = f"grow_{count}x{width}"
+                found = compile_ahead(name, grown, state.past, width=width, **options)
+                yield found
+                state = dataclasses.replace(state, past=found.returns)
+            yield compile_ahead(
+                f"decode_{count}x{width}",
+                decode.decode_chunk,
+                *model,
+                state,
+                above,
+                rounds=chunk,
+                **options,
+            )

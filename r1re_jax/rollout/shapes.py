@@ -7,7 +7,7 @@ Each shape of the batch is a program of its own, so both go by steps.
 import math
 
 # Slots of the smallest cache; then it doubles.
-NARROWEST = 128
+NARROWEST = 64
 # Tokens that are written to the cache at a time.
 RECENT = 8
 

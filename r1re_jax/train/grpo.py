@@ -141,6 +141,9 @@ class GRPO:
         tree = Tree(drawn.guide, kept.question, completion)
         if not begun:
             score(tree, kept.rollout)
+        metrics = {"draws": float(drawn.draws), **sampling_metrics(drawn.groups, self.settings)}
+        places_NP = drawn.groups.places(self.settings.questions)
+        metrics |= drawing_metrics(drawn.groups, kept, places_NP)
         batch = self._compared(begun[0], advantage_NPG)
         clock.lap("reference")
         state, gradients = self._updates(state, batch, tick)
@@ -155,9 +158,6 @@ class GRPO:
                 ),
             )
         clock.lap("update", after=state.params)
-        metrics = {"draws": float(drawn.draws), **sampling_metrics(drawn.groups, self.settings)}
-        places_NP = drawn.groups.places(self.settings.questions)
-        metrics |= drawing_metrics(drawn.groups, kept, places_NP)
         metrics |= update_metrics(gradients)
         done = (number - 1 - self.first) * self.settings.inner_iterations
         rate = learning_rate(

@@ -2,7 +2,8 @@
 
 After step n comes, in this order: completions, evaluation, the line of metrics.jsonl, checkpoint. A
 run goes on from its newest checkpoint, having dropped what it wrote on later steps, so that every
-completed step is in its files once, whenever it was killed. Randomness is a function of the step,
+completed step is in its files once, whenever it was killed. Completions and lines are written while
+the next step begins, and are on disk before the checkpoint. Randomness is a function of the step,
 so a resumed run repeats the one that was not interrupted bit by bit.
 """
 
@@ -27,6 +28,7 @@ from r1re_jax.policy_source import read_adapted
 from r1re_jax.task.lessons import Source
 from r1re_jax.train import grpo as grpo_phase
 from r1re_jax.train import sft as sft_phase
+from r1re_jax.train.aside import Aside
 from r1re_jax.train.batch import check_batches
 from r1re_jax.train.checkpoint import Checkpoints, Meta, keep_reference, load_reference
 from r1re_jax.train.config import configuration_hash
@@ -143,6 +145,7 @@ def run_training(
             sets=sets,
             checkpoints=checkpoints,
             scores=scores,
+            aside=Aside(),
         ).run(start, newest)
     finally:
         checkpoints.close()
@@ -150,7 +153,7 @@ def run_training(
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class _Run:
-    """A run's unchanging parts; `scores` alone grows."""
+    """A run's unchanging parts; `scores` alone grows. `aside` writes completions and lines."""
 
     settings: Settings
     workdir: Path
@@ -159,6 +162,7 @@ class _Run:
     sets: Mapping[str, EvalSet]
     checkpoints: Checkpoints
     scores: dict[int, float]
+    aside: Aside
 
     def run(self, start: Start, newest: int | None) -> Outcome:
         """Go on from the newest checkpoint until the last step or a request to stop."""
@@ -176,6 +180,7 @@ class _Run:
         try:
             return self._steps(start, step, pending, fresh=newest is None, writers=writers)
         finally:
+            self.aside.close()
             for writer in writers:
                 writer.close()
 
@@ -215,13 +220,16 @@ class _Run:
                 result = self._step(trainer, state, step + 1)
                 state, step = completed(result.state), step + 1
                 pending = {"phase": phase.value, **result.metrics}
-                self._write_completions(step, result)
+                if result.completions and _due(step, self.settings.log.completions):
+                    path = self.workdir / "completions" / f"{step}.jsonl"
+                    self.aside.do(_write_completions, path, result.completions)
                 self._after(start, state, step, pending, writers)
                 pending = None
         except Stopped as error:
             stopped = error
         if stopped is not None and step and not self.checkpoints.holds(step):
             self._save(state, step, pending)
+        self.aside.settle()
         self.checkpoints.wait()
         return Outcome(step=step, steps=settings.steps, stopped=stopped)
 
@@ -313,8 +321,7 @@ class _Run:
             evaluated = self._evaluate(start, state, step)
         values = {**figures, **evaluated}
         if evaluated or (values and step % settings.log.every == 0):
-            for writer in writers:
-                writer.write(step, values)
+            self.aside.do(_write_line, writers, step, values)
         better = False
         if settings.checkpoint.best and evaluated:
             score = evaluated[f"eval/{settings.checkpoint.best}"]
@@ -359,13 +366,9 @@ class _Run:
             figures |= {f"eval/{name}/{metric}": metrics[metric] for metric in kept}
         return figures
 
-    def _write_completions(self, step: int, result: StepResult) -> None:
-        if result.completions and _due(step, self.settings.log.completions):
-            lines = [json.dumps(row, ensure_ascii=False) + "\n" for row in result.completions]
-            write_text(self.workdir / "completions" / f"{step}.jsonl", "".join(lines))
-
     @functools.partial(jax.profiler.annotate_function, name="checkpoint")
     def _save(self, state: TrainState, step: int, pending: Mapping[str, Any] | None) -> None:
+        self.aside.settle()
         meta = Meta(
             step=step,
             phase=self.settings.phase_of(step),
@@ -375,6 +378,15 @@ class _Run:
             pending=pending,
         )
         self.checkpoints.save(state, meta)
+
+
+def _write_completions(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
+    write_text(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+
+
+def _write_line(writers: Sequence[Writer], step: int, values: Mapping[str, Any]) -> None:
+    for writer in writers:
+        writer.write(step, values)
 
 
 def _due(step: int, every: int) -> bool:

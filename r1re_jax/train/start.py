@@ -2,6 +2,7 @@
 
 import dataclasses
 from collections.abc import Sequence
+from typing import Any
 
 from flax import nnx
 from jax.sharding import Mesh
@@ -66,10 +67,12 @@ class Start:
         return {**self.frozen, **params}
 
 
-def run_mesh(settings: Settings) -> Mesh:
-    """Make the mesh that the settings ask for."""
+def run_mesh(settings: Settings, *, devices: Sequence[Any] | None = None) -> Mesh:
+    """Make the mesh that the settings ask for, of some devices or of all."""
     sizes = settings.mesh
-    return sharding.make_mesh(data=sizes.data, fsdp=sizes.fsdp, tensor=sizes.tensor)
+    return sharding.make_mesh(
+        data=sizes.data, fsdp=sizes.fsdp, tensor=sizes.tensor, devices=devices
+    )
 
 
 def abstract_model(settings: Settings) -> Qwen:

@@ -1,0 +1,88 @@
+"""TPU slices that need not be here: their devices as the TPU compiler knows them."""
+
+import dataclasses
+import os
+from collections.abc import Sequence
+from typing import Any
+
+
+GIB = 2**30
+
+
+@dataclasses.dataclass(frozen=True)
+class Chip:
+    """What a chip of a generation has.
+
+    Attributes:
+        hbm_gib: memory that its maker states.
+        usable_gib: of that, what the compiler lets programs have.
+        examples: topologies that exist, smallest first.
+    """
+
+    hbm_gib: float
+    usable_gib: float
+    examples: tuple[str, ...]
+
+
+# Google Cloud documentation, "HBM capacity per chip" at cloud.google.com/tpu/docs/{v4,v5e,v5p,v6e};
+# usable: what libtpu 0.0.42.1 names where a program exceeds it.
+CHIPS = {
+    "v4": Chip(32, 30.75, ("v4:2x2x1", "v4:2x2x2", "v4:2x2x4", "v4:4x4x4")),
+    "v5e": Chip(16, 15.75, ("v5e:2x2", "v5e:2x4", "v5e:4x4", "v5e:4x8", "v5e:8x8")),
+    "v5p": Chip(95, 95.74, ("v5p:2x2x1", "v5p:2x2x2", "v5p:2x2x4", "v5p:4x4x4")),
+    "v6e": Chip(32, 31.24, ("v6e:2x2", "v6e:2x4", "v6e:4x4", "v6e:4x8", "v6e:8x8")),
+}
+
+
+class TopologyError(ValueError):
+    """There is no such slice, or no TPU compiler to ask."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Slice:
+    """Devices to compile for.
+
+    Attributes:
+        name: as it was asked for.
+        devices: of jax.
+        chips: how many there are; some show two devices each.
+        chip: what each has.
+    """
+
+    name: str
+    devices: Sequence[Any]
+    chips: int
+    chip: Chip
+
+
+def tpu_slice(name: str) -> Slice:
+    """Return the slice of a name such as "v5e:4x4".
+
+    Raises:
+        TopologyError: no such slice, or libtpu is not installed.
+    """
+    generation = name.partition(":")[0]
+    if generation not in CHIPS:
+        raise TopologyError(
+            f"topology is {name!r}; expected GENERATION:SHAPE of {', '.join(CHIPS)}, such as"
+            f" {', '.join(chip.examples[0] for chip in CHIPS.values())}"
+        )
+    chip = CHIPS[generation]
+    # Read by libtpu when it is loaded: it would look for a TPU's metadata server, and for a lock.
+    os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
+    os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
+    from jax.experimental import topologies
+
+    try:
+        devices = topologies.get_topology_desc(platform="tpu", topology_name=name).devices
+    except (RuntimeError, ValueError) as error:
+        if "not installed" in str(error):
+            raise TopologyError(
+                f"there is no TPU compiler here ({error}): pip install 'r1re_jax[tpu]'"
+            ) from error
+        raise TopologyError(
+            f"the TPU compiler knows no topology {name!r}; it knows {', '.join(chip.examples)}"
+            f" ({str(error).splitlines()[0]})"
+        ) from error
+    chips = len({tuple(device.coords) for device in devices})
+    return Slice(name=name, devices=devices, chips=chips, chip=chip)

@@ -5,7 +5,6 @@ import os
 from collections.abc import Sequence
 from typing import Any
 
-
 GIB = 2**30
 
 

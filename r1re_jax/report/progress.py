@@ -175,6 +175,8 @@ class LiveProgress:
     def __init__(self, console: Console, *, now: Callable[[], float] = time.monotonic):
         """Begin to show."""
         self._now = now
+        # Figures come from the thread that writes them, ticks from the one that trains.
+        self._lock = threading.Lock()
         self._status = Status(began=now())
         self._live = Live(
             get_renderable=self.render, console=console, refresh_per_second=4, transient=False
@@ -183,15 +185,19 @@ class LiveProgress:
 
     def phase(self, name: str, *, total: int, done: int = 0) -> None:
         """See `Progress`."""
-        self._status = Status(phase=name, first=done, step=done, total=total, began=self._now())
+        began = self._now()
+        with self._lock:
+            self._status = Status(phase=name, first=done, step=done, total=total, began=began)
 
     def write(self, step: int, values: Mapping[str, Any]) -> None:
         """See `Progress`."""
-        self._status = _moved(self._status, step, values)
+        with self._lock:
+            self._status = _moved(self._status, step, values)
 
     def tick(self, note: str = "") -> None:
         """See `Progress`."""
-        self._status = dataclasses.replace(self._status, note=note)
+        with self._lock:
+            self._status = dataclasses.replace(self._status, note=note)
 
     def close(self) -> None:
         """Show the last state and let the terminal go."""

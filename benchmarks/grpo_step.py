@@ -66,7 +66,7 @@ def main(argv: list[str]) -> None:
         for name in PEERS:
             if name in AGAINST.value:
                 workers[name] = peer(name, shape, folder)
-        pieces = {name: worker.work for name, worker in workers.items()}
+        pieces = {name: worker.woken for name, worker in workers.items()}
         for command in flat:
             pieces[command] = lambda command=command: workers["ours"].work(command)
         seconds = sides.take_turns(pieces, rounds=ROUNDS.value)

@@ -5,7 +5,7 @@
 Counts the operations of all matrix products that a step's programs do, part by part, as compiled
 (padding, masked scores and what is computed again included), and sets beside them the seconds of
 each part, and the rates that the machine reaches: in a large product, and in what a decoded token
-is made of, the rows of a batch through one layer's matrix after the other. The last line is JSON.
+is made of, the rows of a batch through one layer's MLP after the other. The last line is JSON.
 """
 
 import statistics
@@ -82,18 +82,19 @@ def rates() -> dict[str, float]:
     random = lambda *shape: jax.random.normal(jax.random.key(0), shape)  # noqa: E731
     square = random(LARGE, LARGE)
     rows, inner, outer = QUESTIONS * GROUP, CONFIG.width, CONFIG.mlp_width
-    up, down = (random(4 * CONFIG.layers, *of) for of in ((inner, outer), (outer, inner)))
+    one = lambda: (random(inner, outer), random(inner, outer), random(outer, inner))  # noqa: E731
+    layers = [one() for _ in range(CONFIG.layers)]
 
     @jax.jit
-    def chain(x: jax.Array, up: jax.Array, down: jax.Array) -> jax.Array:
-        for matrix in zip(up, down, strict=True):
-            x = x @ matrix[0] @ matrix[1]
+    def chain(x: jax.Array, layers: list[tuple[jax.Array, ...]]) -> jax.Array:
+        for gate, up, down in layers:
+            x = ((x @ gate) * (x @ up)) @ down
         return x
 
-    narrow = 2 * rows * 2 * up.size
+    narrow = 2 * rows * 3 * inner * outer * CONFIG.layers
     return {
         "large": rate(jax.jit(jnp.matmul), square, square, flops=2 * LARGE**3),
-        "rows_of_a_token": rate(chain, random(rows, inner), up, down, flops=narrow),
+        "rows_of_a_token": rate(chain, random(rows, inner), layers, flops=narrow),
     }
 
 

@@ -51,6 +51,15 @@ class Worker:
         self.process.send_signal(signal.SIGSTOP)
         return seconds
 
+    def woken(self, command: str = "step") -> float:
+        """Do a piece of work twice; return the seconds of the second.
+
+        The longer a process stood still, the more of its memory has left the caches, or was taken
+        back by the system: whoever waits for slow sides would pay for it.
+        """
+        self.work(command)
+        return self.work(command)
+
     def close(self) -> None:
         """End it."""
         self.process.kill()

@@ -2,9 +2,9 @@
 
 python -m run.compile --config=configs/F.py [--topology=v5e:4x4] [--json=FILE]
 
-For the devices that are here, where the programs are kept for the run; or for a TPU slice that
-need not be here (pip install 'r1re_jax[tpu]'). Reads no weights, data or tokenizer. Prints a line
-for each program: memory of a device, collectives, operations.
+For the devices that are here, or for a TPU slice that need not be (pip install 'r1re_jax[tpu]').
+Reads no weights, data or tokenizer. Prints a line for each program: memory of a device,
+collectives, operations.
 """
 
 import json
@@ -19,7 +19,6 @@ from r1re_jax.launch.topology import tpu_slice
 from r1re_jax.train.config import read_settings
 from r1re_jax.train.start import run_mesh
 from r1re_jax.train.workdir import write_json
-from run.programs import keep_programs
 from run.recipe import define_config, parse
 
 CONFIG = define_config()
@@ -32,8 +31,6 @@ def main(argv: list[str]) -> None:
     if len(argv) > 1:
         raise app.UsageError(f"unexpected arguments {argv[1:]}")
     logging.set_verbosity(logging.WARNING)
-    if TOPOLOGY.value is None:
-        keep_programs()
     try:
         where = None if TOPOLOGY.value is None else tpu_slice(TOPOLOGY.value)
         settings = read_settings(CONFIG.value)

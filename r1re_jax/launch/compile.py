@@ -1,6 +1,7 @@
 """All programs of a run, compiled for devices that need not be here, and what they need there.
 
-No weights, data or tokenizer are read: shapes come from the settings.
+No weights, data or tokenizer are read: shapes come from the settings. So token 0 stands in for the
+stop tokens: the programs need what those of the run need, but are not the same.
 """
 
 import dataclasses
@@ -25,7 +26,9 @@ from r1re_jax.train.settings import Settings
 from r1re_jax.train.start import abstract_model
 from r1re_jax.train.state import abstract_state, model_layout, model_state
 
-_NAMED_GIB = re.compile(r"(?:Used|requires|needed|used) ([\d.]+)G")
+# "Used 27.11G of 15.75G", "memory required for HLO temporaries (1.00T) exceeds": what is too much.
+_NAMED = re.compile(r"(?:Used |required[^(]*\()([\d.]+)([KMGT])")
+_GIB_OF = {"K": 2.0**-20, "M": 2.0**-10, "G": 1.0, "T": 1024.0}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -196,8 +199,9 @@ def refused(error: Exception) -> dict[str, Any] | None:
     text = str(error)
     if "RESOURCE_EXHAUSTED" not in text:
         return None
-    found = _NAMED_GIB.search(text)
-    return {"gib": float(found[1]) if found else None, "says": text.splitlines()[0]}
+    found = _NAMED.search(text)
+    gib = float(found[1]) * _GIB_OF[found[2]] if found else None
+    return {"gib": gib, "says": text.splitlines()[0]}
 
 
 def shown(report: Report) -> str:

@@ -14,7 +14,7 @@ class Chip:
 
     Attributes:
         hbm_gib: memory that its maker states.
-        usable_gib: of that, what the compiler lets programs have.
+        usable_gib: what the compiler lets a program have on a device; v4 shows two devices a chip.
         examples: topologies that exist, smallest first.
     """
 
@@ -24,12 +24,12 @@ class Chip:
 
 
 # Google Cloud documentation, "HBM capacity per chip" at cloud.google.com/tpu/docs/{v4,v5e,v5p,v6e};
-# usable: what libtpu 0.0.42.1 names where a program exceeds it.
+# usable: what libtpu 0.0.42.1 says is available where a program is refused.
 CHIPS = {
-    "v4": Chip(32, 30.75, ("v4:2x2x1", "v4:2x2x2", "v4:2x2x4", "v4:4x4x4")),
+    "v4": Chip(32, 15.25, ("v4:2x2x1", "v4:2x2x2", "v4:2x2x4", "v4:4x4x4")),
     "v5e": Chip(16, 15.75, ("v5e:2x2", "v5e:2x4", "v5e:4x4", "v5e:4x8", "v5e:8x8")),
     "v5p": Chip(95, 95.74, ("v5p:2x2x1", "v5p:2x2x2", "v5p:2x2x4", "v5p:4x4x4")),
-    "v6e": Chip(32, 31.24, ("v6e:2x2", "v6e:2x4", "v6e:4x4", "v6e:4x8", "v6e:8x8")),
+    "v6e": Chip(32, 31.25, ("v6e:2x2", "v6e:2x4", "v6e:4x4", "v6e:4x8", "v6e:8x8")),
 }
 
 

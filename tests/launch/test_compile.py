@@ -111,6 +111,10 @@ def test_a_refusal_names_what_would_be_needed() -> None:
     assert found == {"gib": 27.11, "says": says}
     result = summary([_report(4)], where, devices=4, refused=found)
     assert (result["fits"], result["peak_gib_per_chip"]) == (False, 27.11)
+    # As libtpu 0.0.42.1 says it.
+    says = "RESOURCE_EXHAUSTED: Ran out of memory on HBM, the total memory required for HLO"
+    says += " temporaries (1.00T) exceeds available HBM (15.75G)."
+    assert refused(RuntimeError(says)) == {"gib": 1024.0, "says": says}
     assert refused(RuntimeError("INTERNAL: something else")) is None
 
 

@@ -1,7 +1,8 @@
-"""The mesh and the one table that says which mesh axis shards which logical axis."""
+"""The mesh and the one table that says which mesh axes shard which logical axis."""
 
+import dataclasses
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -13,18 +14,35 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 # and MLP.
 MESH_AXES = ("data", "fsdp", "tensor")
 
-# Logical axis of a parameter or activation -> mesh axes (None: replicated).
-RULES: dict[str, tuple[str, ...] | None] = {
-    "vocab": ("tensor",),
-    "embed": ("fsdp",),
-    "heads": ("tensor",),
-    "kv_heads": ("tensor",),
-    "mlp": ("tensor",),
-    "norm": None,
-    "rank": None,
-    "layers": None,
-    "guide": None,  # every device needs the whole guide
-    "question": ("data", "fsdp"),  # rows of a step are spread over all data-parallel devices
+
+
+@dataclasses.dataclass(frozen=True)
+class Rule:
+    """Mesh axes of a logical axis; empty where every device holds all of it.
+
+    Attributes:
+        training: as parameters are held, their moments and gradients.
+        drawing: as the copy lies that completions are drawn with: a token's weights are used where
+            they are, for few rows, so that what moves is the rows and not the weights.
+    """
+
+    training: tuple[str, ...] = ()
+    drawing: tuple[str, ...] = ()
+
+
+# Logical axis of a parameter or activation -> where it lies.
+RULES: Mapping[str, Rule] = {
+    "vocab": Rule(("tensor",), ("tensor", "fsdp")),
+    "embed": Rule(("fsdp",), ()),
+    "heads": Rule(("tensor",), ("tensor",)),
+    "kv_heads": Rule(("tensor",), ("tensor",)),
+    "mlp": Rule(("tensor",), ("tensor", "fsdp")),
+    "norm": Rule(),
+    "rank": Rule(),
+    "layers": Rule(),
+    "guide": Rule(),  # every device needs the whole guide
+    # Rows of a step are spread over all data-parallel devices.
+    "question": Rule(("data", "fsdp"), ("data", "fsdp")),
 }
 
 
@@ -39,12 +57,34 @@ def spec(axes: tuple[str | None, ...]) -> PartitionSpec:
     Raises:
         KeyError: an axis that the table does not list.
     """
-    return PartitionSpec(*(RULES[axis] if axis is not None else None for axis in axes))
+    return PartitionSpec(*((RULES[axis].training or None) if axis else None for axis in axes))
 
 
 def question_ways(mesh: Mesh) -> int:
     """Return how many parts the questions of a tree are spread over."""
-    return math.prod(mesh.shape[axis] for axis in RULES["question"] or ())
+    return math.prod(mesh.shape[axis] for axis in RULES["question"].training)
+
+
+def drawing_mesh(mesh: Mesh, *, tensor: int = 0) -> Mesh:
+    """Return the mesh that completions are drawn on: the same devices in the same order.
+
+    Args:
+        mesh: that of training.
+        tensor: devices that share the heads of a row; 0 for as many as in training.
+
+    Raises:
+        ValueError: the devices of a slice cannot be shared out so.
+    """
+    data, fsdp, ways = (mesh.shape[axis] for axis in MESH_AXES)
+    if tensor in (0, ways):
+        return mesh
+    if fsdp * ways % tensor:
+        raise ValueError(
+            f"mesh.drawing_tensor is {tensor}; it must divide the {fsdp * ways} devices of"
+            f" mesh.fsdp={fsdp} times mesh.tensor={ways}"
+        )
+    devices = mesh.devices.reshape(data, fsdp * ways // tensor, tensor)
+    return Mesh(devices, MESH_AXES, axis_types=(AxisType.Auto,) * 3)
 
 
 def make_mesh(
@@ -100,3 +140,28 @@ def parameter_shardings(state: nnx.State, mesh: Mesh) -> nnx.State:
             f" {'; '.join(uneven)}. Choose mesh sizes that divide them"
         )
     return result
+
+
+def drawing_shardings(state: nnx.State, mesh: Mesh) -> nnx.State:
+    """Return where the copy lies that completions are drawn with.
+
+    Where a size cannot be shared out to all of its axes, to the first of them that can.
+    """
+
+    def one(variable: nnx.Variable) -> nnx.Variable:
+        axes, shape = variable.get_metadata("logical_axes"), variable.get_value().shape
+        names = ("layers",) * (len(shape) - len(axes)) + tuple(axes)
+        parts = (
+            _dividing(RULES[name].drawing, size, mesh)
+            for name, size in zip(names, shape, strict=True)
+        )
+        return variable.replace(NamedSharding(mesh, PartitionSpec(*parts)))
+
+    return jax.tree.map(one, state, is_leaf=lambda x: isinstance(x, nnx.Variable))
+
+
+def _dividing(axes: tuple[str, ...], size: int, mesh: Mesh) -> tuple[str, ...] | None:
+    """Return the longest beginning of some mesh axes that divides a size."""
+    while axes and size % math.prod(mesh.shape[axis] for axis in axes):
+        axes = axes[:-1]
+    return axes or None

@@ -14,17 +14,29 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
+from r1re_jax.annotate import Draw
 from r1re_jax.launch.inspect import Memory, collectives_of, matrix_flops, memory_of
 from r1re_jax.launch.topology import GIB, Slice
 from r1re_jax.model.tree import Level, Tree
 from r1re_jax.rollout.ahead import Ahead, compile_ahead, compile_rollout
-from r1re_jax.rollout.decode import prefill
+from r1re_jax.rollout.decode import decode_chunk, prefill, start_state
 from r1re_jax.rollout.sampling import SamplingSettings
-from r1re_jax.train.batch import blocks
+from r1re_jax.rollout.shapes import widths
+from r1re_jax.rollout.state import Program
+from r1re_jax.train.batch import grpo_blocks
 from r1re_jax.train.grpo import GRPO, GRPOBlock, make_grpo
+from r1re_jax.train.grpo_settings import QuantiseSettings
+from r1re_jax.train.sampler import Sampler
 from r1re_jax.train.settings import Settings
-from r1re_jax.train.start import abstract_model
-from r1re_jax.train.state import abstract_state, model_layout, model_state
+from r1re_jax.train.start import abstract_model, run_sampler
+from r1re_jax.train.state import (
+    Layout,
+    Params,
+    TrainState,
+    abstract_state,
+    model_layout,
+    model_state,
+)
 
 # "Used 27.11G of 15.75G", "memory required for HLO temporaries (1.00T) exceeds": what is too much.
 _NAMED = re.compile(r"(?:Used |required[^(]*\()([\d.]+)([KMGT])")
@@ -38,7 +50,7 @@ class Report:
     Attributes:
         name: of the program.
         memory: its own.
-        resident: bytes of all else that is alive then: optimizer state, policies.
+        resident: bytes of all else that is alive then: optimizer state, policies, caches.
         flops: of its matrix products, all devices together.
         collectives: kind -> count and bytes.
     """
@@ -66,63 +78,108 @@ class Report:
         }
 
 
-def inspect(ahead: Ahead, *, resident: int) -> Report:
-    """Return what a compiled program needs."""
+def inspect(ahead: Ahead, *, beside: Any) -> Report:
+    """Return what a compiled program needs; `beside` are the shapes of all else that is alive."""
     return Report(
         name=ahead.name,
         memory=memory_of(ahead.compiled),
-        resident=resident,
+        resident=_bytes(beside),
         flops=matrix_flops(ahead.jaxpr, rounds=ahead.rounds),
         collectives=collectives_of(ahead.compiled.as_text(), rounds=ahead.rounds),
     )
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class _Run:
+    """What the programs of a run are compiled for, in shapes.
+
+    Attributes:
+        settings: of the run.
+        layout: the policy.
+        grpo: the reinforcement; None of its arrays exist.
+        sampler: draws for evaluation.
+        state: of training.
+        reference: of the KL term; empty for none.
+    """
+
+    settings: Settings
+    layout: Layout
+    grpo: GRPO
+    sampler: Sampler
+    state: TrainState
+    reference: Params
+
+    @classmethod
+    def of(cls, settings: Settings, mesh: Mesh) -> "_Run":
+        """Build the run's programs without its arrays."""
+        layout = model_layout(abstract_model(settings), mesh)
+        policy = {**layout.frozen, **layout.shapes}
+        sampler = run_sampler(settings, layout, QuantiseSettings())
+        quantise = settings.grpo.quantise
+        grpo = make_grpo(
+            settings.grpo,
+            limits=settings.training_limits,
+            encoder=None,
+            source=None,
+            seed=settings.seed,
+            first=0,
+            layout=layout,
+            reference=policy,
+            frozen=layout.frozen,
+            sampler=run_sampler(settings, layout, quantise),
+        )
+        return cls(
+            settings=settings,
+            layout=layout,
+            grpo=grpo,
+            sampler=sampler,
+            state=abstract_state(grpo.optimizer, layout),
+            reference=policy if settings.grpo.kl_coefficient else {},
+        )
+
+
 def compile_run(settings: Settings, mesh: Mesh) -> Iterator[Report]:
-    """Compile the programs of GRPO, one at a time.
+    """Compile the programs of GRPO and of its evaluations, one at a time.
 
     Yields:
-        `guide_prefill`, those of `compile_rollout`, `reference` where there is a KL term, `update`
-        (the gradient of a micro-batch) and `apply` (the optimizer).
+        `relayout` where a copy of the policy draws, `guide_prefill`, those of `compile_rollout`,
+        `evaluate` and what comes before it, `reference` where there is a KL term, `update` (the
+        gradient of a micro-batch), `add` where there are several, and `apply` (the optimizer).
     """
-    layout = model_layout(abstract_model(settings), mesh)
-    policy = {**layout.frozen, **layout.shapes}
-    grpo = make_grpo(
-        settings.grpo,
-        limits=settings.training_limits,
-        encoder=None,
-        source=None,
-        seed=settings.seed,
-        first=0,
-        layout=layout,
-        reference=policy,
-        frozen=layout.frozen,
-    )
-    state = abstract_state(grpo.optimizer, layout)
-    reference = policy if settings.grpo.kl_coefficient else {}
-    trained, moments, frozen = map(_bytes, (state.params, state.opt_state, layout.frozen))
-    beside = moments + _bytes(reference)
-    if grpo.drawing.sampler.layout is not layout:  # a copy of the policy draws
-        beside += trained + frozen
-    for ahead in _drawing(settings, grpo, mesh):
-        yield inspect(ahead, resident=beside)
+    run = _Run.of(settings, mesh)
+    policy = run.state.params, run.layout.frozen
+    always = policy, run.state.opt_state, run.reference
+    yield from _drawing(run, always)
+    if settings.evaluate.samples:
+        yield from _evaluation(run, always)
     block = _block(settings)
-    if reference:
-        ahead = compile_ahead("reference", grpo.score, reference, block.tree)
-        yield inspect(ahead, resident=trained + moments)
-    update = compile_ahead("update", grpo.programs.gradient, layout.shapes, layout.frozen, block)
-    yield inspect(update, resident=beside)
-    apply = compile_ahead("apply", grpo.programs.apply, state, update.returns[0])
-    yield inspect(apply, resident=_bytes(reference) + frozen)
+    if run.reference:
+        ahead = compile_ahead("reference", run.grpo.score, run.reference, block.tree)
+        yield inspect(ahead, beside=(*policy, run.state.opt_state))
+    programs, beside = run.grpo.programs, (run.state.opt_state, run.reference)
+    arguments = run.layout.shapes, run.layout.frozen, block
+    update = compile_ahead("update", programs.gradient, *arguments)
+    gradient = update.returns[0]
+    several = len(list(grpo_blocks(settings.grpo))) > 1
+    yield inspect(update, beside=(beside, gradient) if several else beside)
+    if several:
+        add = compile_ahead("add", programs.add, gradient, gradient)
+        yield inspect(add, beside=always)
+    apply = compile_ahead("apply", programs.apply, run.state, gradient)
+    yield inspect(apply, beside=(run.reference, run.layout.frozen))
 
 
-def _drawing(settings: Settings, grpo: GRPO, mesh: Mesh) -> Iterator[Ahead]:
-    """Compile what draws completions."""
-    of, limits, sampler = settings.grpo, settings.training_limits, grpo.drawing.sampler
-    model = sampler.layout.graph, model_state({**sampler.layout.frozen, **sampler.layout.shapes})
-    guide = compile_ahead("guide_prefill", prefill, *model, (_level(limits.guide, of.trees),))
-    yield guide
-    yield from compile_rollout(
-        *model,
+def _drawing(run: _Run, always: Any) -> Iterator[Report]:
+    """Compile what draws completions; parameters and moments are alive beside it."""
+    of, limits, sampler = run.settings.grpo, run.settings.training_limits, run.grpo.drawing.sampler
+    if sampler.copied:
+        yield inspect(_relayout(sampler, run.layout), beside=always)
+    guide = compile_ahead(
+        "guide_prefill", prefill, *_model(sampler), (_level(limits.guide, of.trees),)
+    )
+    yield inspect(guide, beside=always)
+    for ahead in compile_rollout(
+        *_model(sampler),
         (_level(limits.question, of.trees, of.questions),),
         keys=jax.ShapeDtypeStruct((of.trees, of.questions, of.group), jax.random.key(0).dtype),
         settings=SamplingSettings(temperature=of.temperature),
@@ -132,19 +189,79 @@ def _drawing(settings: Settings, grpo: GRPO, mesh: Mesh) -> Iterator[Ahead]:
         chunk=of.chunk,
         compaction=of.compaction,
         ancestors=guide.returns[1],
+        mesh=sampler.layout.mesh,
+    ):
+        yield inspect(ahead, beside=(always, ahead.beside))
+
+
+def _relayout(sampler: Sampler, layout: Layout) -> Ahead:
+    shapes = {**layout.frozen, **layout.shapes}
+    return compile_ahead("relayout", sampler.relayout, {n: shapes[n] for n in sampler.copied})
+
+
+def _model(sampler: Sampler) -> tuple[Any, Any]:
+    return sampler.layout.graph, model_state(sampler.layout.shapes)
+
+
+def _evaluation(run: _Run, always: Any) -> Iterator[Report]:
+    """Compile the programs of an evaluation's first and largest batch."""
+    of, limits, sampler = run.settings.evaluate, run.settings.limits, run.sampler
+    model, mesh = _model(sampler), sampler.layout.mesh
+    guide = compile_ahead("evaluate_guide", prefill, *model, (_level(limits.guide),))
+    yield inspect(guide, beside=always)
+    question = compile_ahead(
+        "evaluate_questions",
+        prefill,
+        *model,
+        (_level(limits.question, of.batch),),
+        ancestors=guide.returns[1],
         mesh=mesh,
     )
+    yield inspect(question, beside=always)
+    program = Program(
+        settings=SamplingSettings(temperature=of.temperature),
+        stop_ids=(0,),
+        pad_id=0,
+        limit=limits.completion,
+        chunk=Draw.chunk,
+        mesh=mesh,
+    )
+    keys = jax.ShapeDtypeStruct((of.batch, of.samples), jax.random.key(0).dtype)
+    start = compile_ahead(
+        "evaluate_start",
+        start_state,
+        *model,
+        *question.returns,
+        keys,
+        width=widths(limits.completion)[-1],
+        program=program,
+    )
+    yield inspect(start, beside=always)
+    decode = compile_ahead(
+        "evaluate",
+        decode_chunk,
+        *model,
+        start.returns,
+        question.returns[1],
+        rounds=Draw.chunk,
+        program=program,
+    )
+    yield inspect(decode, beside=always)
 
 
 def _block(settings: Settings) -> GRPOBlock:
     """Return the shapes of the largest micro-batch."""
     of, limits = settings.grpo, settings.training_limits
-    first = next(blocks(of.trees, of.questions, of.micro_batch))
-    trees, questions = (
+    first = next(grpo_blocks(of))
+    trees, questions, group = (
         len(range(*part.indices(whole)))
-        for part, whole in ((first.trees, of.trees), (first.questions, of.questions))
+        for part, whole in (
+            (first.trees, of.trees),
+            (first.questions, of.questions),
+            (first.group, of.group),
+        )
     )
-    rows = trees, questions, of.group
+    rows = trees, questions, group
     floats = lambda *shape: jax.ShapeDtypeStruct(shape, jnp.float32)  # noqa: E731
     tokens = floats(*rows, limits.completion)
     return GRPOBlock(

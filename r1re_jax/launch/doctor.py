@@ -24,7 +24,7 @@ from r1re_jax.policy import Limits
 from r1re_jax.task.completions import Taught
 from r1re_jax.task.lessons import Lesson
 from r1re_jax.task.prompts import PromptEncoder
-from r1re_jax.train.batch import blocks, check_batches
+from r1re_jax.train.batch import blocks, check_batches, grpo_blocks
 from r1re_jax.train.config import configuration_hash, read_settings
 from r1re_jax.train.data import (
     EvalSet,
@@ -228,19 +228,22 @@ def _batch(settings: Settings, mesh: Mesh) -> Finding:
 def _sizes(settings: Settings, of: SFTSettings | GRPOSettings) -> dict[str, str]:
     """Count what a step of a phase computes in one pass, padding included."""
     limits = settings.training_limits
-    group = of.group if isinstance(of, GRPOSettings) else 1
-    below = limits.question + group * limits.completion
-    cut = list(blocks(of.trees, of.questions, of.micro_batch))
+    if isinstance(of, GRPOSettings):
+        group, cut = of.group, list(grpo_blocks(of))
+    else:
+        group, cut = 1, list(blocks(of.trees, of.questions, of.micro_batch))
     tree = flat = 0
     for block in cut:
-        trees = block.trees.stop - block.trees.start
-        questions = trees * (block.questions.stop - block.questions.start)
-        tree += trees * limits.guide + questions * below
-        flat += questions * group * (limits.guide + limits.question + limits.completion)
+        count = lambda part: part.stop - part.start  # noqa: E731
+        trees = count(block.trees)
+        questions = trees * count(block.questions)
+        rows = questions * count(block.group)
+        tree += trees * limits.guide + questions * limits.question + rows * limits.completion
+        flat += rows * (limits.guide + limits.question + limits.completion)
     return {
         "step": f"{of.trees} guides × {of.questions} questions × {group} completions",
         "tokens": f"{tree:,} on the tree, {flat:,} as flat rows ({flat / tree:.1f} times as many)",
-        "micro-batches": f"{len(cut)}, of {of.trees * of.questions // len(cut)} questions",
+        "micro-batches": f"{len(cut)}, of {questions} questions × {rows // questions} completions",
     }
 
 

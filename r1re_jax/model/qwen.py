@@ -1,7 +1,7 @@
 """Decoders of Qwen's and Llama's kind in Flax NNX, working on one level of the tree at a time.
 
-`extend` computes a level below given ancestors and returns its keys and values, so that the next
-level can be put below it: prefill, scoring and training are the same three calls (guide, questions,
+`extend_levels` computes levels below given ancestors and returns their keys and values, so that the
+next level can be put below them: prefill, scoring and training are this call (guide, questions,
 completions), and gradients flow through the caches. `decode` does one token of every row with the
 row's own cache updated in place.
 
@@ -19,12 +19,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax.sharding import Mesh
 
 from r1re_jax import sharding
-from r1re_jax.model.attention import Part, attend
+from r1re_jax.model.attention import Attention, Kernels, Part, attend
 from r1re_jax.model.config import ModelConfig
 from r1re_jax.model.int8 import Int8, Quantisation, stored_as
 from r1re_jax.model.linear import Linear, last_axis, product
+from r1re_jax.model.tree import Level
 
 # Models of up to so many layers are compiled layer by layer: a little faster to run, and the longer
 # to compile the more there are (docs/decisions.md).
@@ -166,6 +168,7 @@ class Qwen(nnx.Module):
     """The policy network. Parameters are fp32 masters; `dtype` is what the forward computes in."""
 
     cache: Quantisation = Quantisation.NONE  # what `decode` writes; see r1re_jax.model.quantise
+    kernels: Kernels | None = None  # of attention; None for by XLA
 
     def __init__(
         self,
@@ -174,10 +177,12 @@ class Qwen(nnx.Module):
         rngs: nnx.Rngs,
         dtype: str | jnp.dtype = jnp.float32,
         remat: Remat = Remat.NONE,
+        attention: Attention = Attention.AUTO,
     ):
         """Draw random weights; `r1re_jax.model.hf` loads real ones into the same structure."""
         # jnp.dtype makes "bfloat16" and jnp.bfloat16 one static value, hence one compilation.
         self.config, self.dtype, self.remat = config, jnp.dtype(dtype), Remat(remat)
+        self.attention = Attention(attention)
         normal = nnx.initializers.normal
         shape = (config.vocab, config.width)
         # A tied embedding is also the head: its rows must give logits of deviation ~1.
@@ -210,27 +215,76 @@ class Qwen(nnx.Module):
         Returns:
             hidden [*B, T, D] before the head (final norm applied), and the level's KeyValue.
         """
-        length = tokens.shape[-1]
-        position = start[..., None] + last_axis(jnp.arange(length, dtype=jnp.int32), tokens.ndim)
-        turn = rotation(position, self.config.rope_frequencies)
-        causal = jnp.tril(jnp.ones((length, length), bool))
+        # Nothing attends to the level here, so its true lengths do not matter.
+        whole = jnp.full(tokens.shape[:-1], tokens.shape[-1], jnp.int32)
+        (hidden,), (own,) = self._through_layers([(tokens, start, whole)], ancestors)
+        return hidden, own
+
+    def extend_levels(
+        self, levels: Sequence[Level], *, ancestors: Sequence[Cache] = ()
+    ) -> tuple[tuple[jax.Array, ...], tuple[Cache, ...]]:
+        """Compute levels of the tree, each below those before it and the ancestors.
+
+        Equal to `extend` on one after the other. Here a layer's weights are used for all levels
+        before the next layer's: where they are spread over devices they are gathered once, and one
+        gradient of them is made and not one for each level.
+
+        Args:
+            levels: from the top down; batch dimensions of each are a prefix of the next one's.
+                Padding may hold any id: it is computed as token 0, since an id outside the
+                vocabulary embeds as NaN.
+            ancestors: levels above that are computed already.
+
+        Returns:
+            hidden [*B, T, D] of each level (final norm applied), and the levels' caches.
+        """
+        inputs, above = [], [cache.length for cache in ancestors]
+        for level in levels:
+            tokens, length = jnp.asarray(level.tokens), jnp.asarray(level.length)
+            slots = jax.lax.broadcasted_iota(jnp.int32, tokens.shape, tokens.ndim - 1)
+            tokens = jnp.where(slots < length[..., None], tokens, 0)
+            inputs.append((tokens, _total(above, length.shape), length))
+            above.append(length)
+        hidden, own = self._through_layers(inputs, ancestors)
+        caches = (Cache(x.key, x.value, i[2]) for x, i in zip(own, inputs, strict=True))
+        return hidden, tuple(caches)
+
+    def _through_layers(
+        self,
+        levels: Sequence[tuple[jax.Array, jax.Array, jax.Array]],
+        ancestors: Sequence[Cache],
+    ) -> tuple[tuple[jax.Array, ...], tuple[KeyValue, ...]]:
+        """Compute levels of tokens [*B, T], start [*B] and true length [*B]."""
+        turns = [
+            rotation(
+                start[..., None]
+                + last_axis(jnp.arange(tokens.shape[-1], dtype=jnp.int32), tokens.ndim),
+                self.config.rope_frequencies,
+            )
+            for tokens, start, _ in levels
+        ]
         graph, layers = nnx.split(self.layers)
 
-        def layer(x: jax.Array, inputs: tuple) -> tuple[jax.Array, KeyValue]:
+        def layer(xs: tuple, inputs: tuple) -> tuple[tuple, tuple[KeyValue, ...]]:
             weights, above = inputs
-            block = nnx.merge(graph, weights)
-            query, key, value = block.project(x, turn)
-            parts = [*_ancestor_parts(above, ancestors), Part(key, value, causal)]
-            return block.finish(x, attend(query, parts)), KeyValue(key, value)
+            block, parts = nnx.merge(graph, weights), _ancestor_parts(above, ancestors)
+            after, own = [], []
+            for x, turn, (_, _, length) in zip(xs, turns, levels, strict=True):
+                query, key, value = block.project(x, turn)
+                attended = attend(query, [*parts, Part(key, value)], kernels=self.kernels)
+                after.append(block.finish(x, attended))
+                own.append(KeyValue(key, value))
+                parts.append(Part(key, value, length))
+            return tuple(after), tuple(own)
 
         above = tuple(KeyValue(cache.key, cache.value) for cache in ancestors)
-        x, own = jax.lax.scan(
+        xs, own = jax.lax.scan(
             self.remat.wrap(layer),
-            self._embedded(tokens),
+            tuple(self._embedded(tokens) for tokens, _, _ in levels),
             (layers, above),
             unroll=self.config.layers <= UNROLLED,
         )
-        return self.norm(x), own
+        return tuple(map(self.norm, xs)), own
 
     def decode(
         self,
@@ -257,7 +311,7 @@ class Qwen(nnx.Module):
             hidden [*B, D] and the updated own cache.
         """
         turn = rotation((start + step)[..., None], self.config.rope_frequencies)
-        seen = (jnp.arange(own.value[0].shape[-2]) <= step)[None]
+        written = jnp.broadcast_to(step + 1, tokens.shape).astype(jnp.int32)
         graph, _ = nnx.split(self.layers)
         x, keys, values = self._embedded(tokens[..., None]), [], []
         for index, weights in enumerate(layers or self.layer_weights()):
@@ -266,8 +320,8 @@ class Qwen(nnx.Module):
             above = [KeyValue(cache.key[index], cache.value[index]) for cache in ancestors]
             keys.append(_write(own.key[index], key, step, axis=-1))
             values.append(_write(own.value[index], value, step, axis=-2))
-            mine = Part(keys[-1], values[-1], seen)
-            x = block.finish(x, attend(query, [*_ancestor_parts(above, ancestors), mine]))
+            parts = [*_ancestor_parts(above, ancestors), Part(keys[-1], values[-1], written)]
+            x = block.finish(x, attend(query, parts, kernels=self.kernels))
         return self.norm(x)[..., 0, :], KeyValue(tuple(keys), tuple(values))
 
     def layer_weights(self) -> list[nnx.State]:
@@ -310,16 +364,41 @@ class Qwen(nnx.Module):
         return self.embed[...].astype(self.dtype)[tokens]
 
 
+def end_of(ancestors: Sequence[Cache], shape: Sequence[int]) -> jax.Array:
+    """Return [*shape] int32, the position behind the true tokens of all ancestors."""
+    return _total([cache.length for cache in ancestors], shape)
+
+
+def _total(lengths: Sequence[jax.Array], shape: Sequence[int]) -> jax.Array:
+    """Add up lengths whose dimensions are beginnings of a shape."""
+    total = jnp.zeros(shape, jnp.int32)
+    for length in lengths:
+        total += length.reshape(*length.shape, *[1] * (len(shape) - length.ndim))
+    return total
+
+
 def by_layer(caches: Sequence[Cache]) -> list[Cache]:
     """Return the caches with each layer's keys by themselves, for `Qwen.decode` in a loop."""
     return [Cache(tuple(cache.key), tuple(cache.value), cache.length) for cache in caches]
 
 
 def abstract_qwen(
-    config: ModelConfig, *, dtype: str | jnp.dtype = jnp.float32, remat: Remat = Remat.NONE
+    config: ModelConfig,
+    *,
+    dtype: str | jnp.dtype = jnp.float32,
+    remat: Remat = Remat.NONE,
+    attention: Attention = Attention.AUTO,
 ) -> Qwen:
     """Return the model with shapes in place of arrays, to be filled: no memory, no random draws."""
-    return nnx.eval_shape(lambda: Qwen(config, rngs=nnx.Rngs(0), dtype=dtype, remat=remat))
+    more = {"dtype": dtype, "remat": remat, "attention": attention}
+    return nnx.eval_shape(lambda: Qwen(config, rngs=nnx.Rngs(0), **more))
+
+
+def placed(model: Qwen, mesh: Mesh) -> Qwen:
+    """Return the model as it computes on a mesh; the argument stays as it is."""
+    model = nnx.merge(*nnx.split(model))
+    model.kernels = Kernels.on(mesh, model.attention)
+    return model
 
 
 @jax.checkpoint
@@ -329,13 +408,11 @@ def _swiglu(gate: jax.Array, up: jax.Array) -> jax.Array:
 
 
 def _ancestor_parts(above: Sequence[KeyValue], ancestors: Sequence[Cache]) -> list[Part]:
-    """One layer's keys of each ancestor, with the mask that hides the ancestor's padding."""
-    parts = []
-    for keys, cache in zip(above, ancestors, strict=True):
-        slots = jnp.arange(keys.value.shape[-2], dtype=jnp.int32)
-        seen = last_axis(slots, cache.length.ndim + 1) < cache.length[..., None]
-        parts.append(Part(keys.key, keys.value, seen[..., None, :]))
-    return parts
+    """One layer's keys of each ancestor, with the length that hides the ancestor's padding."""
+    return [
+        Part(keys.key, keys.value, cache.length)
+        for keys, cache in zip(above, ancestors, strict=True)
+    ]
 
 
 def _write(

@@ -7,8 +7,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from r1re_jax.model.qwen import Cache, Qwen
-from r1re_jax.model.tree import Level, Tree
+from r1re_jax.model.qwen import Qwen
+from r1re_jax.model.tree import Tree
 from r1re_jax.rl.masks import length_mask
 
 
@@ -68,28 +68,13 @@ def predicting_hidden(model: Qwen, tree: Tree) -> jax.Array:
 
     Token 0 is predicted by the last true token of its question, token c by completion token c − 1.
     """
-    guide_length = jnp.asarray(tree.guide.length)
-    question_length = jnp.asarray(tree.question.length)
-    _, guide = model.extend(_tokens(tree.guide), start=jnp.zeros_like(guide_length))
-    above = (Cache(guide.key, guide.value, guide_length),)
-    start_NP = jnp.broadcast_to(guide_length[:, None], question_length.shape)
-    question_NPQD, question = model.extend(_tokens(tree.question), start=start_NP, ancestors=above)
-    above = (*above, Cache(question.key, question.value, question_length))
-    start_NPG = jnp.broadcast_to(
-        (start_NP + question_length)[..., None], tree.completion.length.shape
-    )
-    hidden_NPGCD, _ = model.extend(_tokens(tree.completion), start=start_NPG, ancestors=above)
+    levels = tree.guide, tree.question, tree.completion
+    (_, question_NPQD, hidden_NPGCD), _ = model.extend_levels(levels)
 
-    last_NP = question_length[..., None, None] - 1
+    last_NP = jnp.asarray(tree.question.length)[..., None, None] - 1
     first_NPD = jnp.take_along_axis(question_NPQD, last_NP, axis=-2, mode="clip")
     first_NPGD = jnp.broadcast_to(first_NPD[:, :, None], hidden_NPGCD[..., :1, :].shape)
     return jnp.concatenate([first_NPGD, hidden_NPGCD[..., :-1, :]], axis=-2)
-
-
-def _tokens(level: Level) -> jax.Array:
-    """Return the tokens with id 0 in the padding: an id outside the vocabulary embeds as NaN."""
-    tokens = jnp.asarray(level.tokens)
-    return jnp.where(length_mask(level.length, tokens.shape[-1]), tokens, 0)
 
 
 def _score_in_chunks(

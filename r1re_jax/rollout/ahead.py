@@ -13,12 +13,15 @@ import jax
 from flax import nnx
 from jax.sharding import Mesh, NamedSharding
 
-from r1re_jax.model.qwen import Cache
+from r1re_jax.model.qwen import Cache, KeyValue
 from r1re_jax.model.tree import Level
 from r1re_jax.rollout import decode
 from r1re_jax.rollout.rollout import Sizes
 from r1re_jax.rollout.sampling import SamplingSettings
-from r1re_jax.rollout.state import Program, compact, grown
+from r1re_jax.rollout.state import Program, grown, kept_caches, kept_rows
+
+# What rows have written, as `DecodeState` names it.
+OWN = ("past", "recent")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -31,6 +34,8 @@ class Ahead:
         compiled: for the devices of its arguments.
         returns: shapes and shardings of what it returns.
         rounds: how often the bodies of its while loops run at most, in all.
+        beside: shapes of arrays that are alive while it runs and are none of its arguments, as far
+            as they are known where it is compiled.
     """
 
     name: str
@@ -38,9 +43,12 @@ class Ahead:
     compiled: jax.stages.Compiled
     returns: Any
     rounds: int = 1
+    beside: Any = ()
 
 
-def compile_ahead(name: str, function: Any, *args: Any, rounds: int = 1, **more: Any) -> Ahead:
+def compile_ahead(
+    name: str, function: Any, *args: Any, rounds: int = 1, beside: Any = (), **more: Any
+) -> Ahead:
     """Compile a jitted function for arguments that may be shapes in place of arrays."""
     traced = function.trace(*args, **more)
     compiled = traced.lower().compile()
@@ -51,7 +59,14 @@ def compile_ahead(name: str, function: Any, *args: Any, rounds: int = 1, **more:
         return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where)
 
     returns = jax.tree.map(shape, function.eval_shape(*args, **more), compiled.output_shardings)
-    return Ahead(name=name, jaxpr=traced.jaxpr, compiled=compiled, returns=returns, rounds=rounds)
+    return Ahead(
+        name=name,
+        jaxpr=traced.jaxpr,
+        compiled=compiled,
+        returns=returns,
+        rounds=rounds,
+        beside=beside,
+    )
 
 
 def compile_rollout(
@@ -76,7 +91,8 @@ def compile_rollout(
 
     Yields:
         The programs, one at a time: `question_prefill`, `start`, and for every shape of the batch
-        `decode_<rows>x<slots>`, rows of all trees together; `compact_…` and `grow_…` before them.
+        `decode_<rows>x<slots>`, rows of all trees together; before them `compact_…` and `grow_…`
+        of a layer's caches (each layer runs them), and `rows_…` of what else is kept.
     """
     program = Program(
         settings=settings,
@@ -102,22 +118,40 @@ def compile_rollout(
         "start", decode.start_state, *model, hidden, caches, keys, width=narrowest, **options
     )
     yield found
-    whole, trees = found.returns, keys.shape[:-2]
+    whole, (*trees, questions, group) = found.returns, keys.shape
+    of = {"of": (questions, group), **options}
     for rows in sizes.rows:
         slots = jax.ShapeDtypeStruct((*trees, rows), "int32")
         state, above, count = whole, caches, slots.size
         if rows < sizes.rows[0]:
-            name = f"compact_{count}x{narrowest}"
-            found = compile_ahead(name, compact, whole, caches[-1], slots, **options)
+            cut, others = slots.size, len(whole.past.value) - 1
+            fewer = {name: _layers(_layer(getattr(whole, name)), others) for name in OWN}
+            beside = params, caches, dataclasses.replace(whole, **fewer)
+            small = {name: getattr(whole, name) for name in ("last", "done", "row", "key")}
+            spare = {"spare": questions * group, **of}
+            found = compile_ahead(
+                f"rows_{cut}", kept_rows, small, caches[-1], slots, beside=beside, **spare
+            )
             yield found
-            state, question = found.returns
+            small, question = found.returns
+            own = tuple(_layer(getattr(whole, name)) for name in OWN)
+            name = f"compact_{count}x{narrowest}"
+            found = compile_ahead(name, kept_caches, *own, slots=slots, beside=beside, **of)
+            yield found
+            past, recent = (_layers(cache, len(whole.past.value)) for cache in found.returns)
+            state = dataclasses.replace(whole, past=past, recent=recent, **small)
             above = (*caches[:-1], question)
+        narrow = state
         for width in sizes.widths:
             if width > narrowest:
-                name = f"grow_{count}x{width}"
-                found = compile_ahead(name, grown, state.past, width=width, **options)
-                yield found
-                state = dataclasses.replace(state, past=found.returns)
+                one, name = _layer(narrow.past), f"grow_{count}x{width}"
+                found = compile_ahead(name, grown, one, width=width, **options)
+                past = _layers(found.returns, len(whole.past.value))
+                state = dataclasses.replace(narrow, past=past)
+                # At the last layer: all others have grown.
+                others = _layers(found.returns, len(whole.past.value) - 1)
+                beside = params, above, dataclasses.replace(state, past=others)
+                yield dataclasses.replace(found, beside=beside)
             yield compile_ahead(
                 f"decode_{count}x{width}",
                 decode.decode_chunk,
@@ -127,3 +161,13 @@ def compile_rollout(
                 rounds=chunk,
                 **options,
             )
+
+
+def _layer(cache: KeyValue) -> KeyValue:
+    """Return the first layer's part of a cache."""
+    return KeyValue(tuple(cache.key[:1]), tuple(cache.value[:1]))
+
+
+def _layers(cache: KeyValue, layers: int) -> KeyValue:
+    """Return so many layers like the only one of a cache."""
+    return KeyValue(tuple(cache.key) * layers, tuple(cache.value) * layers)

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import Mesh
 
-from r1re_jax.model.qwen import Cache, KeyValue, Qwen, by_layer
+from r1re_jax.model.qwen import Cache, KeyValue, Qwen, by_layer, end_of
 from r1re_jax.model.tree import Level
 from r1re_jax.rollout.keys import token_keys
 from r1re_jax.rollout.sampling import sample
@@ -79,28 +79,14 @@ def prefill(
         without tokens), and the caches of ancestors and levels.
     """
     model = nnx.merge(graph, params)
-    caches = tuple(ancestors)
-    for level in levels:
-        length, tokens = jnp.asarray(level.length), jnp.asarray(level.tokens)
-        questions = length.ndim - 1
-        if level is levels[-1] and questions >= 0:
-            length, tokens = (spread(x, mesh, questions) for x in (length, tokens))
-        # Padding may hold any id; one outside the vocabulary would embed as NaN.
-        slots = jax.lax.broadcasted_iota(jnp.int32, tokens.shape, tokens.ndim - 1)
-        tokens = jnp.where(slots < length[..., None], tokens, 0)
-        hidden, own = model.extend(tokens, start=end_of(caches, length.shape), ancestors=caches)
-        caches = (*caches, Cache(own.key, own.value, length))
+    *above, level = levels
+    questions = level.length.ndim - 1
+    if questions >= 0:
+        level = jax.tree.map(lambda x: spread(jnp.asarray(x), mesh, questions), level)
+    (*_, hidden), caches = model.extend_levels((*above, level), ancestors=ancestors)
+    length = caches[-1].length
     last = jnp.maximum(length - 1, 0)[..., None, None]
-    return jnp.take_along_axis(hidden, last, axis=-2)[..., 0, :], caches
-
-
-def end_of(ancestors: Sequence[Cache], shape: Sequence[int]) -> jax.Array:
-    """Return [*shape] int32, the position behind the true tokens of all ancestors."""
-    total = jnp.zeros(shape, jnp.int32)
-    for cache in ancestors:
-        below = len(shape) - cache.length.ndim
-        total += cache.length.reshape(*cache.length.shape, *[1] * below)
-    return total
+    return jnp.take_along_axis(hidden, last, axis=-2)[..., 0, :], (*ancestors, *caches)
 
 
 @functools.partial(jax.jit, static_argnames=("graph", "width", "program"))

@@ -14,7 +14,7 @@ from r1re_jax.model.tree import Level
 from r1re_jax.rollout import decode
 from r1re_jax.rollout.sampling import SamplingSettings
 from r1re_jax.rollout.shapes import least_holding, row_counts, slots, widths
-from r1re_jax.rollout.state import DecodeState, Drawn, Program, compact, grown
+from r1re_jax.rollout.state import DecodeState, Drawn, Program, compact, grown, layer_by_layer
 
 
 @jax.tree_util.register_dataclass
@@ -211,7 +211,8 @@ class Sizes:
             caches = (*caches[:-1], question)
         width = least_holding(self.widths, slots(min(step + chunk, limit) - 1))
         if width > state.past.value[0].shape[-2]:
-            past = grown(state.past, width=width, program=self.program)
+            wider = lambda past: (grown(past, width=width, program=self.program),)  # noqa: E731
+            (past,) = layer_by_layer(wider, state.past)
             state = dataclasses.replace(state, past=past)
         return state, tuple(caches)
 

@@ -87,7 +87,7 @@ class DecodeState:
 
 @functools.partial(jax.jit, static_argnames=("width", "program"))
 def grown(past: KeyValue, *, width: int, program: Program) -> KeyValue:
-    """Return the cache of what rows have written with `width` slots."""
+    """Return the cache of what rows have written with `width` slots; of a layer or of several."""
 
     def wider(x: jax.Array, axis: int) -> jax.Array:
         filling = [(0, 0)] * x.ndim
@@ -97,7 +97,26 @@ def grown(past: KeyValue, *, width: int, program: Program) -> KeyValue:
     return along_slots(wider, past)
 
 
-@functools.partial(jax.jit, static_argnames="program")
+def layer_by_layer(
+    change: Callable[..., tuple[KeyValue, ...]], *caches: KeyValue
+) -> tuple[KeyValue, ...]:
+    """Change caches a layer at a time; the arguments' arrays are freed.
+
+    So their old and their new arrays never exist all at once: they are most of a device's memory.
+    """
+    layers = range(len(caches[0].value))
+    found = []
+    for layer in layers:
+        before = tuple(KeyValue((of.key[layer],), (of.value[layer],)) for of in caches)
+        found.append(jax.block_until_ready(change(*before)))
+        jax.tree.map(lambda x: x.delete(), before)
+    together = lambda *arrays: sum(arrays, ())  # noqa: E731
+    return tuple(
+        KeyValue(together(*(of.key for of in cache)), together(*(of.value for of in cache)))
+        for cache in zip(*found, strict=True)
+    )
+
+
 def compact(
     state: DecodeState,
     question: Cache,
@@ -110,7 +129,7 @@ def compact(
     No sample changes by it: a row's keys, positions and random numbers go with it.
 
     Args:
-        state: of B = [*, P, G].
+        state: of B = [*, P, G]; its caches are freed.
         question: the cache above the rows, [*, P].
         slots: [*, R] int32, the places in P·G of the rows to keep; P·G for a slot that holds none.
         program: static.
@@ -118,40 +137,83 @@ def compact(
     Returns:
         The state of [*, R, 1], and the questions' cache of [*, R].
     """
-    *trees, questions, group = state.done.shape
-    empty = slots == questions * group
-    slots = jnp.minimum(slots, questions * group - 1)
-
-    def rows(x: jax.Array, before: int, places: jax.Array) -> jax.Array:
-        """Take along the axis behind that of the trees; of `before` axes the last are the heads."""
-        axis, heads = before + len(trees), before - 1 if before else None
-        index = places.reshape(
-            *[1] * (axis - len(trees)), *places.shape, *[1] * (x.ndim - axis - 1)
-        )
-        taken = jnp.take_along_axis(x, index, axis=axis)
-        return spread(taken, program.mesh, axis, kv_heads=heads)
-
-    def kept(x: jax.Array, before: int = 0) -> jax.Array:
-        axis = before + len(trees)
-        flat = x.reshape(*x.shape[:axis], questions * group, *x.shape[axis + 2 :])
-        return jnp.expand_dims(rows(flat, before, slots), axis + 1)
-
+    of = state.done.shape[-2:]
+    own = functools.partial(kept_caches, slots=slots, of=of, program=program)
+    rows = {name: getattr(state, name) for name in ("last", "done", "row", "key")}
     spare = state.drawn.done.shape[-1] - 1
+    rows, question = kept_rows(rows, question, slots, of=of, spare=spare, program=program)
+    past, recent = layer_by_layer(own, state.past, state.recent)
+    return dataclasses.replace(state, past=past, recent=recent, **rows), question
+
+
+@functools.partial(jax.jit, static_argnames=("of", "program"))
+def kept_caches(
+    *caches: KeyValue, slots: jax.Array, of: tuple[int, int], program: Program
+) -> tuple[KeyValue, ...]:
+    """Return the rows of [*, P, G] that `compact` keeps, of caches of a layer or of several.
+
+    Args:
+        caches: of what rows have written.
+        slots: as of `compact`.
+        of: P and G.
+        program: static.
+    """
+    return jax.tree.map(lambda x: _kept(x, slots, of, program, before=1), caches)
+
+
+@functools.partial(jax.jit, static_argnames=("of", "spare", "program"))
+def kept_rows(
+    rows: dict[str, jax.Array],
+    question: Cache,
+    slots: jax.Array,
+    *,
+    of: tuple[int, int],
+    spare: int,
+    program: Program,
+) -> tuple[dict[str, jax.Array], Cache]:
+    """Return what else `compact` keeps: of a state by name, and the questions' cache.
+
+    Args:
+        rows: `last`, `done`, `row` and `key` of the state.
+        question: as of `compact`.
+        slots: as of `compact`.
+        of: P and G.
+        spare: the row that a slot without one draws.
+        program: static.
+    """
+    places, group = of[0] * of[1], of[1]
+    empty = (slots == places)[..., None]
+    kept = {name: _kept(rows[name], slots, of, program) for name in ("last", "done", "row")}
+    kept["done"] |= empty
+    kept["row"] = jnp.where(empty, spare, kept["row"])
+    kept["key"] = _kept_keys(rows["key"], jnp.minimum(slots, places - 1))
+    above = jnp.minimum(slots, places - 1) // group
+    take = lambda x: _taken(x, above, program, before=2)  # noqa: E731
     cache = Cache(
-        jax.tree.map(lambda x: rows(x, 2, slots // group), question.key),
-        jax.tree.map(lambda x: rows(x, 2, slots // group), question.value),
-        rows(question.length, 0, slots // group),
+        jax.tree.map(take, question.key),
+        jax.tree.map(take, question.value),
+        _taken(question.length, above, program, before=0),
     )
-    state = dataclasses.replace(
-        state,
-        last=kept(state.last),
-        done=kept(state.done) | empty[..., None],
-        row=jnp.where(empty[..., None], spare, kept(state.row)),
-        key=_kept_keys(state.key, slots),
-        past=jax.tree.map(lambda x: kept(x, 1), state.past),
-        recent=jax.tree.map(lambda x: kept(x, 1), state.recent),
-    )
-    return state, cache
+    return kept, cache
+
+
+def _kept(
+    x: jax.Array, slots: jax.Array, of: tuple[int, int], program: Program, *, before: int = 0
+) -> jax.Array:
+    """Return the slots of [..., *, P, G, ...] as [..., *, R, 1, ...]."""
+    axis, places = before + slots.ndim - 1, of[0] * of[1]
+    flat = x.reshape(*x.shape[:axis], places, *x.shape[axis + 2 :])
+    slots = jnp.minimum(slots, places - 1)
+    return jnp.expand_dims(_taken(flat, slots, program, before=before), axis + 1)
+
+
+def _taken(x: jax.Array, places: jax.Array, program: Program, *, before: int) -> jax.Array:
+    """Take along the axis behind that of the trees; of `before` axes the last are the heads."""
+    trees = places.ndim - 1
+    axis, heads = before + trees, before - 1 if before else None
+    index = places.reshape(*[1] * before, *places.shape, *[1] * (x.ndim - axis - 1))
+    taken = jnp.take_along_axis(x, index, axis=axis)
+    return spread(taken, program.mesh, axis, kv_heads=heads)
 
 
 def _kept_keys(keys: jax.Array, slots: jax.Array) -> jax.Array:

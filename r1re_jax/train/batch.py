@@ -12,44 +12,74 @@ from r1re_jax.model.tree import Level, Tree, pad_level
 from r1re_jax.policy import Limits
 from r1re_jax.task.lessons import Lesson
 from r1re_jax.task.prompts import PromptEncoder
+from r1re_jax.train.grpo_settings import GRPOSettings
 from r1re_jax.train.settings import Settings
 
 
 @dataclasses.dataclass(frozen=True)
 class Block:
-    """A micro-batch: some trees, or some questions of one tree.
+    """A micro-batch: some trees, or some questions of one tree, and completions of each.
 
     Attributes:
         trees: which of N.
         questions: which of P.
+        group: which of G.
     """
 
     trees: slice
     questions: slice
+    group: slice
 
     def of(self, array: Any) -> Any:
-        """Return this block's part of [N, P, ...]."""
-        return array[self.trees, self.questions]
+        """Return this block's part of [N, P, G, ...]."""
+        return array[self.trees, self.questions, self.group]
 
     def of_tree(self, tree: Tree) -> Tree:
         """Return this block's part of a tree of arrays."""
-        guide = Level(tree.guide.tokens[self.trees], tree.guide.length[self.trees])
-        below = (
-            Level(self.of(x.tokens), self.of(x.length)) for x in (tree.question, tree.completion)
+        guide, question, completion = tree.guide, tree.question, tree.completion
+        above = self.trees, self.questions
+        return Tree(
+            Level(guide.tokens[self.trees], guide.length[self.trees]),
+            Level(question.tokens[above], question.length[above]),
+            Level(self.of(completion.tokens), self.of(completion.length)),
         )
-        return Tree(guide, *below)
 
 
-def blocks(trees: int, questions: int, micro_batch: int) -> Iterator[Block]:
-    """Cut [trees, questions] into blocks of `micro_batch` questions each; 0 gives one block.
+def blocks(
+    trees: int, questions: int, micro_batch: int, *, group: int = 1, micro_group: int = 0
+) -> Iterator[Block]:
+    """Cut [trees, questions, group] into blocks; 0 takes all that there are.
 
     Whole trees stay together where they fit, so that a guide is computed as seldom as possible.
+
+    Args:
+        trees: N.
+        questions: P.
+        micro_batch: questions of a block.
+        group: G.
+        micro_group: completions of each question of a block; divides G.
     """
-    size = micro_batch or trees * questions
+    size, deep = micro_batch or trees * questions, micro_group or group
     high, wide = max(1, size // questions), min(size, questions)
     for tree in range(0, trees, high):
         for question in range(0, questions, wide):
-            yield Block(slice(tree, tree + high), slice(question, question + wide))
+            for first in range(0, group, deep):
+                yield Block(
+                    slice(tree, tree + high),
+                    slice(question, question + wide),
+                    slice(first, first + deep),
+                )
+
+
+def grpo_blocks(settings: GRPOSettings) -> Iterator[Block]:
+    """Cut a step into its micro-batches."""
+    return blocks(
+        settings.trees,
+        settings.questions,
+        settings.micro_batch,
+        group=settings.group,
+        micro_group=settings.micro_group,
+    )
 
 
 def prompt_levels(

@@ -1,9 +1,17 @@
 """What the sections of a config have in common."""
 
 import dataclasses
+import enum
 from typing import Any
 
 FLAT = "flat"
+
+
+class Dtype(enum.StrEnum):
+    """Numbers that can be asked for."""
+
+    FLOAT32 = "float32"
+    BFLOAT16 = "bfloat16"
 
 
 def flat(default: Any) -> Any:

@@ -15,7 +15,6 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from flax import nnx
-
 from r1re_jax.model.qwen import Qwen
 from r1re_jax.model.tree import Level, Tree
 from r1re_jax.policy import Limits
@@ -29,7 +28,7 @@ from r1re_jax.rl.scoring import completion_logp
 from r1re_jax.rollout.rollout import Rollout
 from r1re_jax.task.lessons import Source
 from r1re_jax.task.prompts import PromptEncoder
-from r1re_jax.train.batch import blocks, check_mesh, spread, spread_tree
+from r1re_jax.train.batch import check_mesh, grpo_blocks, spread, spread_tree
 from r1re_jax.train.drawing import Drawing, Tick
 from r1re_jax.train.figures import (
     Clock,
@@ -43,7 +42,7 @@ from r1re_jax.train.grpo_settings import GRPOSettings
 from r1re_jax.train.meter import Meter, make_meter
 from r1re_jax.train.optimizer import learning_rate, make_optimizer
 from r1re_jax.train.reference import followed
-from r1re_jax.train.sampler import make_sampler
+from r1re_jax.train.sampler import Sampler, make_sampler
 from r1re_jax.train.state import Layout, Params, TrainState, model_state
 from r1re_jax.train.update import (
     Gradient,
@@ -195,7 +194,7 @@ class GRPO:
         weight_NPGC = np.asarray(token_weights(mask_NPGC, kind=settings.loss))
         long_NPG = longest_quarter(rollout.length)
         batch = []
-        for block in blocks(settings.trees, settings.questions, settings.micro_batch):
+        for block in grpo_blocks(settings):
             tick("reference")
             part = block.of_tree(tree)
             # On policy the update's own forward gives the old log-probabilities; see `grpo_loss`.
@@ -216,11 +215,9 @@ class GRPO:
 
     def _compared(self, batch: Sequence[GRPOBlock], advantage_NPG: np.ndarray) -> list[GRPOBlock]:
         """Give each block its advantages, and wait for its scores."""
-        settings = self.settings
-        cut = blocks(settings.trees, settings.questions, settings.micro_batch)
         whole = [
             dataclasses.replace(of, advantage_NPG=block.of(advantage_NPG))
-            for block, of in zip(cut, batch, strict=True)
+            for block, of in zip(grpo_blocks(self.settings), batch, strict=True)
         ]
         return jax.block_until_ready(whole)
 
@@ -270,7 +267,7 @@ def make_grpo(
     first: int,
     layout: Layout,
     reference: Params | None,
-    sampler: Layout | None = None,
+    sampler: Sampler | None = None,
     frozen: Params | None = None,
 ) -> GRPO:
     """Build the reinforcement.
@@ -285,8 +282,7 @@ def make_grpo(
         layout: the model without its arrays.
         reference: all parameters of a frozen one; needed if the KL coefficient is not 0, unless
             the reference follows the policy: then it is part of the state.
-        sampler: the model that draws, with the parameters of the one that is trained, where it is
-            another, such as one that computes in a lower precision; `settings.quantise` is of it.
+        sampler: what draws; None for what `settings.quantise` makes of the model, on its mesh.
         frozen: parameters that an adapter leaves as they are.
 
     Raises:
@@ -310,7 +306,7 @@ def make_grpo(
         encoder=encoder,
         source=source,
         seed=seed,
-        sampler=make_sampler(sampler or layout, settings.quantise),
+        sampler=sampler or make_sampler(layout, settings.quantise),
     )
     correction = drawing.sampler.correction(settings.correction, trained=layout)
 
@@ -335,7 +331,7 @@ def make_grpo(
         programs=make_programs(loss, layout=layout, optimizer=optimizer, frozen=frozen),
         score=jax.jit(score),
         reference=reference if settings.kl_coefficient else None,
-        meter=make_meter(layout, sampler=sampler),
+        meter=make_meter(layout, sampler=drawing.sampler.layout),
     )
 
 

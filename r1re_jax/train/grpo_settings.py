@@ -70,6 +70,7 @@ class GRPOSettings:
             give their place to groups that do (dynamic sampling, DAPO, arXiv 2503.14476, 3.2).
         micro_batch: questions whose gradient is computed at a time; 0 takes them all. The result
             does not depend on it.
+        micro_group: completions of each of these questions that are taken at a time; 0 for all.
         inner_iterations: updates on the same completions.
         temperature: of sampling; scores are under the same.
         top_k: must be 0; see `top_p`.
@@ -119,6 +120,7 @@ class GRPOSettings:
     group: int = 16
     refill: int = 0
     micro_batch: int = 0
+    micro_group: int = 0
     inner_iterations: int = 1
     temperature: float = 1.0
     top_k: int = 0
@@ -178,6 +180,11 @@ class GRPOSettings:
                 " reference"
             )
         check_batch(self.trees, self.questions, self.micro_batch)
+        if self.micro_group < 0 or self.group % (self.micro_group or self.group):
+            raise ValueError(
+                f"micro_group is {self.micro_group}; it must divide the {self.group} completions of"
+                " a group"
+            )
         self._check_rewards()
         self.objective  # noqa: B018  refuses what the loss refuses
         object.__setattr__(self, "optimizer", self.optimizer.resolved(self.steps))

@@ -257,6 +257,7 @@ class _Run:
                 settings.grpo,
                 seed=settings.seed,
                 first=first,
+                sampler=start.drawing_as(settings.grpo.quantise),
                 reference=self._reference(start, state, step, first),
                 **shared,
             )
@@ -356,7 +357,7 @@ class _Run:
                 protocol=self.settings.data.eval[name].protocol,
                 model=f"{self.settings.model.path or self.settings.model.preset}, step {step}",
                 data_sha256=one.sha256,
-                mesh=start.layout.mesh,
+                mesh=start.sampler.layout.mesh,
                 on_batch=lambda done, total, name=name: self._tick(f"{name} {done}/{total}"),
                 on_chunk=lambda progress, name=name: self._tick(
                     f"{name} {progress.tokens}/{progress.limit}"

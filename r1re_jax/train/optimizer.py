@@ -9,6 +9,8 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from r1re_jax.train.fields import Dtype
+
 
 class ScheduleKind(enum.StrEnum):
     """How the learning rate goes on after the warm-up."""
@@ -37,6 +39,8 @@ class OptimizerSettings:
         vector_scale: learning rate of vectors (weights of norms, biases) over that of matrices. A
             vector's gradient sums over many more tokens and columns than an entry of a matrix, so
             that it stands out of the noise of few samples.
+        first_moment: what the first moment is held in between updates; bfloat16 takes half the
+            memory. The second is float32.
     """
 
     learning_rate: float = 1e-6
@@ -49,6 +53,7 @@ class OptimizerSettings:
     b2: float = 0.999
     eps: float = 1e-8
     vector_scale: float = 1.0
+    first_moment: Dtype = Dtype.FLOAT32
 
     def __post_init__(self) -> None:
         """Refuse what no optimizer can do."""
@@ -123,6 +128,7 @@ def make_optimizer(
         b2=settings.b2,
         eps=settings.eps,
         weight_decay=settings.weight_decay,
+        mu_dtype=settings.first_moment.value,
         mask=lambda params: {name: matrices[name] for name in params},
     )
     scale = {name: 1.0 if matrix else settings.vector_scale for name, matrix in matrices.items()}

@@ -32,6 +32,8 @@ from r1re_jax.task.prompts import PromptEncoder
 from r1re_jax.train.batch import prompt_levels, spread, spread_tree
 from r1re_jax.train.data import TrainingData, phase_source
 from r1re_jax.train.drawing import question_ids
+from r1re_jax.train.grpo_settings import QuantiseSettings
+from r1re_jax.train.sampler import Sampler, make_sampler
 from r1re_jax.train.settings import Dtype, Settings
 from r1re_jax.train.start import Start
 from r1re_jax.train.state import Layout, Params, model_state
@@ -155,6 +157,7 @@ def check_run(settings: Settings, data: TrainingData, start: Start) -> Parity | 
         start.layout,
         start.whole(start.params),
         Lesson(lesson.guide, questions),
+        sampler=start.sampler,
         encoder=start.policy.encoder,
         limits=settings.training_limits,
         tokens=settings.model.parity_tokens,
@@ -173,10 +176,18 @@ def measure(
     limits: Limits,
     tokens: int,
     seed: int,
+    sampler: Sampler | None = None,
 ) -> Parity:
     """Compare the ways on sampled completions; arguments as of `in_three_ways`."""
     tree, logp = in_three_ways(
-        layout, params, lesson, encoder=encoder, limits=limits, tokens=tokens, seed=seed
+        layout,
+        params,
+        lesson,
+        encoder=encoder,
+        limits=limits,
+        tokens=tokens,
+        seed=seed,
+        sampler=sampler,
     )
     dtype = Dtype(nnx.merge(layout.graph, model_state(params)).dtype.name)
     mask = np.asarray(length_mask(tree.completion.length, tree.completion.tokens.shape[-1]))
@@ -200,6 +211,7 @@ def in_three_ways(
     limits: Limits,
     tokens: int,
     seed: int,
+    sampler: Sampler | None = None,
 ) -> tuple[Tree, dict[Way, np.ndarray]]:
     """Sample completions at temperature 1 and compute their log-probabilities in three ways.
 
@@ -211,6 +223,7 @@ def in_three_ways(
         limits: widths of the levels; guide and question are padded as in training.
         tokens: most tokens of a completion.
         seed: of the sampling, which has keys of its own.
+        sampler: what draws; None for the model itself.
 
     Returns:
         The tree with the completions, and for each way fp32 [1, P, G, C].
@@ -219,10 +232,12 @@ def in_three_ways(
         LimitError: the guide or a question is too long.
     """
     model = layout.graph, model_state(params)
+    sampler = sampler or make_sampler(layout, QuantiseSettings())
     guide, question = prompt_levels([lesson], encoder, limits)
     limit = min(tokens, limits.completion)
     rollout = generate(
-        *model,
+        sampler.layout.graph,
+        model_state(sampler.params(params)),
         (guide, question),
         keys=row_keys(seed, Purpose.PARITY, 0, question_ids([lesson]), range(SAMPLES)),
         settings=SamplingSettings(),
@@ -230,7 +245,7 @@ def in_three_ways(
         stop_ids=encoder.stop_ids,
         pad_id=encoder.pad_id,
         chunk=limit,
-        mesh=layout.mesh,
+        mesh=sampler.layout.mesh,
     )
     rollout = jax.device_get(rollout)
     tree = Tree(guide, question, Level(rollout.tokens, rollout.length))

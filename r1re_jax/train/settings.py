@@ -9,6 +9,7 @@ Values that contradict each other are refused here; types and unknown keys in
 import dataclasses
 import enum
 
+from r1re_jax.model.attention import Attention
 from r1re_jax.model.lora import Lora
 from r1re_jax.model.qwen import Remat
 from r1re_jax.policy import Limits
@@ -17,7 +18,7 @@ from r1re_jax.task.rewards import RewardTotals
 from r1re_jax.task.tasks import Task, TaskKind, make_task
 from r1re_jax.task.triplets.rewards import TripletTotals
 from r1re_jax.train.data_settings import DataSettings, at_least
-from r1re_jax.train.fields import check_batch, flat
+from r1re_jax.train.fields import Dtype, check_batch, flat
 from r1re_jax.train.grpo_settings import GRPOSettings
 from r1re_jax.train.optimizer import OptimizerSettings
 
@@ -28,13 +29,6 @@ EVAL_METRICS = (
 )
 # Further ones where the task is the extraction of triplets.
 TRIPLET_METRICS = ("entity_f1", "triplet_f1", "strict_triplet_f1")
-
-
-class Dtype(enum.StrEnum):
-    """What the forward computes in; parameters and the optimizer are float32 whatever it is."""
-
-    FLOAT32 = "float32"
-    BFLOAT16 = "bfloat16"
 
 
 class Phase(enum.StrEnum):
@@ -50,10 +44,13 @@ class ModelSettings:
 
     Attributes:
         path: a Hugging Face folder, a work directory, or `base:NAME` for a policy that the package
-            ships; wins over preset.
-        preset: name of a shape to start from random weights; needs `tokenizer`.
-        dtype: what the forward computes in.
+            ships.
+        preset: name of a shape: with a path the shape that must be found there, so that what is
+            known without the weights (run.compile, run.show) needs none; without one random weights
+            of it, which need `tokenizer`.
+        dtype: what the forward computes in; parameters are float32 whatever it is.
         remat: what the backward pass computes again.
+        attention: what computes attention, see `r1re_jax.model.attention.Attention`.
         parity_tokens: most completion tokens on which sampler and trainer are compared before the
             first step, see `r1re_jax.train.parity`; 0 switches that off.
     """
@@ -62,6 +59,7 @@ class ModelSettings:
     preset: str = ""
     dtype: Dtype = Dtype.FLOAT32
     remat: Remat = Remat.NONE
+    attention: Attention = Attention.AUTO
     parity_tokens: int = 16
 
     def __post_init__(self) -> None:
@@ -71,11 +69,24 @@ class ModelSettings:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class MeshSettings:
-    """Sizes of the mesh axes; one may be -1 and takes the devices that are left."""
+    """Sizes of the mesh axes; one may be -1 and takes the devices that are left.
+
+    Attributes:
+        data: copies of the parameters, one in each slice.
+        fsdp: devices that share parameters and questions.
+        tensor: devices that share the heads and the MLP of a question.
+        drawing_tensor: `tensor` while completions are drawn: fsdp times tensor devices are shared
+            out anew then. 0 for as in training.
+    """
 
     data: int = 1
     fsdp: int = -1
     tensor: int = 1
+    drawing_tensor: int = 0
+
+    def __post_init__(self) -> None:
+        """Refuse a negative number of devices."""
+        at_least(self, 0, "drawing_tensor")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -8,7 +8,7 @@ from flax import nnx
 from jax.sharding import Mesh
 
 from r1re_jax import sharding
-from r1re_jax.model.config import preset
+from r1re_jax.model.config import ModelConfig, preset
 from r1re_jax.model.fingerprint import fingerprint
 from r1re_jax.model.lora import adapt
 from r1re_jax.model.qwen import Qwen, abstract_qwen
@@ -30,6 +30,8 @@ from r1re_jax.task.prompts import PromptEncoder
 from r1re_jax.task.relations import Guide
 from r1re_jax.task.templates import GuideInPrompt
 from r1re_jax.tokenizer import load_tokenizer
+from r1re_jax.train.grpo_settings import QuantiseSettings
+from r1re_jax.train.sampler import Sampler, make_sampler
 from r1re_jax.train.settings import Settings
 from r1re_jax.train.state import (
     Layout,
@@ -50,6 +52,7 @@ class Start:
     Attributes:
         policy: tokenizer, encoder, limits, and a model of shapes in place of arrays.
         layout: the model without its arrays, on the mesh.
+        sampler: what draws with the policy as it is, not quantised.
         params: the run's own copy of what is trained, to be donated; None where a checkpoint has
             later ones.
         frozen: the base's parameters, where an adapter is trained; never donated.
@@ -58,6 +61,7 @@ class Start:
 
     policy: Policy
     layout: Layout
+    sampler: Sampler
     params: Params | None
     frozen: Params = dataclasses.field(default_factory=dict)
     adapted: Adapted | None = None
@@ -65,6 +69,12 @@ class Start:
     def whole(self, params: Params) -> Params:
         """Return all parameters: the trained ones given, and the frozen ones."""
         return {**self.frozen, **params}
+
+    def drawing_as(self, quantise: QuantiseSettings) -> Sampler:
+        """Return what draws with the policy, quantised as the settings say."""
+        if quantise == QuantiseSettings():
+            return self.sampler
+        return make_sampler(self.layout, quantise, mesh=self.sampler.layout.mesh)
 
 
 def run_mesh(settings: Settings, *, devices: Sequence[Any] | None = None) -> Mesh:
@@ -75,6 +85,16 @@ def run_mesh(settings: Settings, *, devices: Sequence[Any] | None = None) -> Mes
     )
 
 
+def run_sampler(settings: Settings, layout: Layout, quantise: QuantiseSettings) -> Sampler:
+    """Make what draws with a run's policy, of the devices of the run's mesh.
+
+    Raises:
+        ValueError: mesh.drawing_tensor does not divide them.
+    """
+    mesh = sharding.drawing_mesh(layout.mesh, tensor=settings.mesh.drawing_tensor)
+    return make_sampler(layout, quantise, mesh=mesh)
+
+
 def abstract_model(settings: Settings) -> Qwen:
     """Return the model's shapes without reading or drawing weights.
 
@@ -83,9 +103,11 @@ def abstract_model(settings: Settings) -> Qwen:
         ValueError: no such preset, a config.json of another architecture, or targets of LoRA that
             it cannot adapt.
     """
-    path = settings.model.path
-    config = policy_config(path) if path else preset(settings.model.preset)
-    model = abstract_qwen(config, dtype=settings.model.dtype.value, remat=settings.model.remat)
+    of = settings.model
+    config = preset(of.preset) if of.preset else policy_config(of.path)
+    model = abstract_qwen(
+        config, dtype=of.dtype.value, remat=of.remat, attention=of.attention
+    )
     return adapt(model, settings.lora) if settings.lora.rank else model
 
 
@@ -135,6 +157,7 @@ def load_start(
             remat=settings.model.remat,
             mesh=mesh,
         )
+        _check_shape(policy.model.config, settings)
         if fresh:
             params = place_params(flat_params(nnx.state(policy.model)), layout)
     else:
@@ -152,7 +175,35 @@ def load_start(
         limits=settings.limits,
         guide_sha256={guide.title: guide.sha256 for guide in guides},
     )
-    return Start(policy=policy, layout=layout, params=params, frozen=frozen, adapted=adapted)
+    return Start(
+        policy=policy,
+        layout=layout,
+        sampler=run_sampler(settings, layout, QuantiseSettings()),
+        params=params,
+        frozen=frozen,
+        adapted=adapted,
+    )
+
+
+def _check_shape(found: ModelConfig, settings: Settings) -> None:
+    """Refuse weights of another shape than `model.preset` says.
+
+    Raises:
+        PolicyError: they differ; names how.
+    """
+    if not settings.model.preset:
+        return
+    expected = vars(preset(settings.model.preset))
+    other = [
+        f"{name} is {value} and not {expected[name]}"
+        for name, value in vars(found).items()
+        if value != expected[name]
+    ]
+    if other:
+        raise PolicyError(
+            f"{settings.model.path} has not the shape of model.preset={settings.model.preset}:"
+            f" {', '.join(other)}; remove model.preset, or correct it"
+        )
 
 
 def _load_base(
@@ -177,6 +228,7 @@ def _load_base(
     policy = load_policy(
         path, dtype=dtype, param_dtype=dtype, remat=settings.model.remat, mesh=mesh, step=step
     )
+    _check_shape(policy.model.config, settings)
     found = Adapted(
         base=lasting(path),
         step=step,
@@ -201,6 +253,10 @@ def _showing(policy: Policy, guide: GuideInPrompt) -> PromptEncoder:
 
 
 def policy_of(start: Start, params: Params) -> Policy:
-    """Return the policy with these parameters; shares their buffers until the next update."""
-    model = nnx.merge(start.layout.graph, model_state(start.whole(params)))
+    """Return the policy that draws with these parameters.
+
+    It shares their buffers until the next update, but for those that drawing wants copied.
+    """
+    drawing = start.sampler.params(start.whole(params))
+    model = nnx.merge(start.sampler.layout.graph, model_state(drawing))
     return dataclasses.replace(start.policy, model=model)

@@ -19,7 +19,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from r1re_jax import sharding
 from r1re_jax.model.config import ModelConfig
 from r1re_jax.model.lora import UP, is_adapter
-from r1re_jax.model.qwen import Qwen, Remat
+from r1re_jax.model.qwen import Qwen, Remat, placed
 
 Params = dict[str, jax.Array]
 
@@ -82,7 +82,7 @@ def model_layout(model: Qwen, mesh: Mesh) -> Layout:
     Where it has adapters they alone are trained. The rest is held in the type that the forward
     computes in: it would be cast to that wherever it is used.
     """
-    graph, state = nnx.split(model)
+    graph, state = nnx.split(placed(model, mesh))
     shardings, flat = _flat(sharding.parameter_shardings(state, mesh)), _flat(state)
     adapted = any(map(is_adapter, flat))
     shapes, axes, frozen = {}, {}, {}
@@ -95,6 +95,23 @@ def model_layout(model: Qwen, mesh: Mesh) -> Layout:
             shapes[name] = jax.ShapeDtypeStruct(value.shape, value.dtype, sharding=where)
         axes[name] = tuple(variable.get_metadata("logical_axes"))
     return Layout(graph=graph, mesh=mesh, shapes=shapes, axes=axes, frozen=frozen)
+
+
+def drawing_layout(model: Qwen, mesh: Mesh) -> Layout:
+    """Describe the copy of a model (its arrays may be abstract) that completions are drawn with.
+
+    It is held in the type that the forward computes in, and lies where drawing wants it.
+    """
+    graph, state = nnx.split(placed(model, mesh))
+    shardings, flat = _flat(sharding.drawing_shardings(state, mesh)), _flat(state)
+    shapes, axes = {}, {}
+    for name, variable in flat.items():
+        value = variable.get_value()
+        dtype = value.dtype if value.dtype == jnp.int8 else model.dtype
+        where = shardings[name].get_value()
+        shapes[name] = jax.ShapeDtypeStruct(value.shape, dtype, sharding=where)
+        axes[name] = tuple(variable.get_metadata("logical_axes"))
+    return Layout(graph=graph, mesh=mesh, shapes=shapes, axes=axes)
 
 
 def random_params(config: ModelConfig, layout: Layout, *, seed: int) -> Params:

@@ -151,12 +151,12 @@ def test_attention_over_int8_is_that_over_its_numbers() -> None:
     random = np.random.default_rng(0)
     draw = lambda *shape: jnp.asarray(random.normal(size=shape), jnp.float32)  # noqa: E731
     query, key, value = draw(2, 3, 4, 8), draw(2, 2, 8, 6), draw(2, 2, 6, 8)
-    mask = jnp.arange(6)[None, None] < jnp.array([4, 6])[:, None, None]
-    own = Part(draw(2, 2, 8, 3), draw(2, 2, 3, 8), jnp.tril(jnp.ones((3, 3), bool)))
+    length = jnp.array([4, 6])
+    own = Part(draw(2, 2, 8, 3), draw(2, 2, 3, 8))
     key, value = (made(x, axis=a, dtype="float32") for x, a in ((key, -2), (value, -1)))
     numbers = (x.value.astype(jnp.float32) * x.scale for x in (key, value))
-    found = jax.jit(attend)(query, [Part(key, value, mask), own])
-    expected = jax.jit(attend)(query, [Part(*numbers, mask), own])
+    found = jax.jit(attend)(query, [Part(key, value, length), own])
+    expected = jax.jit(attend)(query, [Part(*numbers, length), own])
     np.testing.assert_allclose(found, expected, atol=1e-6)
 
 

@@ -28,7 +28,7 @@ from r1re_jax.train import grpo as grpo_module
 from r1re_jax.train import loop as loop_module
 from r1re_jax.train import parity as parity_module
 from r1re_jax.train import sft as sft_module
-from r1re_jax.train.batch import blocks
+from r1re_jax.train.batch import grpo_blocks
 from r1re_jax.train.data import open_mixture, open_sets, phase_source
 from r1re_jax.train.grpo import GRPO, GRPOBlock
 from r1re_jax.train.reference import copied
@@ -200,7 +200,7 @@ def block_of(settings: Settings, *, scored: bool) -> GRPOBlock:
 def grpo_gradient(settings: Settings, mesh: Mesh) -> Gradient:
     """The gradient of a step, computed, in the config's micro-batches and on a mesh."""
     phase, whole = grpo_phase(settings, mesh)
-    cut = blocks(settings.grpo.trees, settings.grpo.questions, settings.grpo.micro_batch)
+    cut = grpo_blocks(settings.grpo)
     parts = [
         dataclasses.replace(
             jax.tree.map(part.of, dataclasses.replace(whole, tree=None)),

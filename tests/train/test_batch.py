@@ -9,22 +9,33 @@ import pytest
 
 from r1re_jax.model.tree import Level, LimitError, Tree
 from r1re_jax.task.lessons import Lesson
-from r1re_jax.train.batch import blocks, check_mesh, completion_level, prompt_levels
+from r1re_jax.train.batch import (
+    blocks,
+    check_mesh,
+    completion_level,
+    grpo_blocks,
+    prompt_levels,
+)
+from r1re_jax.train.grpo_settings import GRPOSettings
 from r1re_jax.train.settings import SFTSettings
 from tests.tiny import tiny_examples, tiny_guide, tiny_policy
 from tests.train.world import LIMITS, mesh_of
 
 
 @hypothesis.given(st.integers(1, 5), st.integers(1, 6), st.data())
-def test_blocks_cover_every_question_once(trees: int, questions: int, data: st.DataObject) -> None:
+def test_blocks_cover_every_completion_once(trees: int, questions: int, data: st.DataObject) -> None:
     sizes = [m for m in range(questions) if m == 0 or questions % m == 0]
     sizes += [k * questions for k in range(1, trees + 1) if trees % k == 0]
     micro_batch = data.draw(st.sampled_from(sizes))
     SFTSettings(trees=trees, questions=questions, micro_batch=micro_batch)
-    number = np.arange(trees * questions).reshape(trees, questions)
-    parts = [block.of(number) for block in blocks(trees, questions, micro_batch)]
+    group = data.draw(st.integers(2, 4))
+    deep = data.draw(st.sampled_from([m for m in range(group + 1) if m == 0 or group % m == 0]))
+    sizes = {"trees": trees, "questions": questions, "group": group}
+    of = GRPOSettings(**sizes, micro_batch=micro_batch, micro_group=deep)
+    number = np.arange(trees * questions * group).reshape(trees, questions, group)
+    parts = [block.of(number) for block in grpo_blocks(of)]
     assert sorted(np.concatenate([part.ravel() for part in parts])) == [*range(number.size)]
-    assert {part.size for part in parts} == {micro_batch or number.size}
+    assert {part.size for part in parts} == {(micro_batch or trees * questions) * (deep or group)}
     assert len({part.shape for part in parts}) == 1, "one shape, one program"
 
 

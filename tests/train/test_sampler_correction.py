@@ -12,6 +12,7 @@ from r1re_jax.task import tasks
 from r1re_jax.train.grpo import GRPO, make_grpo
 from r1re_jax.train.grpo_settings import GRPOSettings
 from r1re_jax.train.optimizer import OptimizerSettings
+from r1re_jax.train.sampler import make_sampler
 from r1re_jax.train.state import create_state, place_params
 from r1re_jax.train.update import StepResult
 from tests.tiny import tiny_policy
@@ -46,7 +47,7 @@ def _begin(settings: GRPOSettings, *, sampler: str = "float32") -> GRPO:
         first=0,
         layout=layout_on(mesh)[0],
         reference=None,
-        sampler=layout_on(mesh, dtype=sampler)[0],
+        sampler=make_sampler(layout_on(mesh, dtype=sampler)[0], settings.quantise),
     )
 
 

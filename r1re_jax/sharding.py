@@ -43,6 +43,8 @@ RULES: Mapping[str, Rule] = {
     "guide": Rule(),  # every device needs the whole guide
     # Rows of a step are spread over all data-parallel devices.
     "question": Rule(("data", "fsdp"), ("data", "fsdp")),
+    # Where logits are computed the devices of a slice share the vocabulary instead.
+    "scored": Rule(("data",), ("data",)),
 }
 
 
@@ -143,21 +145,23 @@ def parameter_shardings(state: nnx.State, mesh: Mesh) -> nnx.State:
 
 
 def drawing_shardings(state: nnx.State, mesh: Mesh) -> nnx.State:
-    """Return where the copy lies that completions are drawn with.
-
-    Where a size cannot be shared out to all of its axes, to the first of them that can.
-    """
+    """Return where the copy lies that completions are drawn with."""
 
     def one(variable: nnx.Variable) -> nnx.Variable:
         axes, shape = variable.get_metadata("logical_axes"), variable.get_value().shape
         names = ("layers",) * (len(shape) - len(axes)) + tuple(axes)
-        parts = (
-            _dividing(RULES[name].drawing, size, mesh)
-            for name, size in zip(names, shape, strict=True)
-        )
-        return variable.replace(NamedSharding(mesh, PartitionSpec(*parts)))
+        return variable.replace(NamedSharding(mesh, drawing_spec(names, shape, mesh)))
 
     return jax.tree.map(one, state, is_leaf=lambda x: isinstance(x, nnx.Variable))
+
+
+def drawing_spec(axes: Sequence[str], shape: Sequence[int], mesh: Mesh) -> PartitionSpec:
+    """Translate logical axis names of an array that is drawn with.
+
+    Where a size cannot be shared out to all of its mesh axes, to the first of them that can.
+    """
+    sizes = zip(axes, shape, strict=True)
+    return PartitionSpec(*(_dividing(RULES[name].drawing, size, mesh) for name, size in sizes))
 
 
 def _dividing(axes: tuple[str, ...], size: int, mesh: Mesh) -> tuple[str, ...] | None:

@@ -3,8 +3,8 @@
 python -m run.compile --config=configs/F.py [--topology=v5e:4x4] [--json=FILE]
 
 For the devices that are here, or for a TPU slice that need not be (pip install 'r1re_jax[tpu]').
-Reads no weights, data or tokenizer. Prints a line for each program: memory of a device,
-collectives, operations.
+Reads no weights, data or tokenizer. Prints a line for each program: memory of a device, operations,
+collectives, and for a slice the predicted time (`r1re_jax.launch.program` says how).
 """
 
 import json
@@ -14,7 +14,8 @@ import sys
 import jax
 from absl import app, flags, logging
 
-from r1re_jax.launch.compile import compile_run, refused, shown, summary
+from r1re_jax.launch.compile import compile_run
+from r1re_jax.launch.needs import refused, shown, summary
 from r1re_jax.launch.topology import tpu_slice
 from r1re_jax.train.config import read_settings
 from r1re_jax.train.start import run_mesh
@@ -39,7 +40,8 @@ def main(argv: list[str]) -> None:
         sys.exit(f"run.compile: {error}")
     reports, problem = [], None
     try:
-        for report in compile_run(settings, mesh):
+        rates = None if where is None else where.rates
+        for report in compile_run(settings, mesh, rates=rates):
             print(shown(report), flush=True)
             reports.append(report)
     except ValueError as error:

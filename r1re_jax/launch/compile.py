@@ -5,20 +5,22 @@ stop tokens: the programs need what those of the run need, but are not the same.
 """
 
 import dataclasses
-import math
-import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
+from flax import nnx
 from jax.sharding import Mesh
 
 from r1re_jax.annotate import Draw
-from r1re_jax.launch.inspect import Memory, collectives_of, matrix_flops, memory_of
-from r1re_jax.launch.topology import GIB, Slice
+from r1re_jax.launch.needs import Report, inspect
+from r1re_jax.launch.program import Rates
+from r1re_jax.model.flops import Lengths, tree_load, update_flops
+from r1re_jax.model.lora import is_adapter
 from r1re_jax.model.tree import Level, Tree
-from r1re_jax.rollout.ahead import Ahead, compile_ahead, compile_rollout
+from r1re_jax.rollout.ahead import Ahead, compile_ahead, compile_rollout, decode_rounds
 from r1re_jax.rollout.decode import decode_chunk, prefill, start_state
 from r1re_jax.rollout.sampling import SamplingSettings
 from r1re_jax.rollout.shapes import widths
@@ -38,57 +40,6 @@ from r1re_jax.train.state import (
     model_state,
 )
 
-# "Used 27.11G of 15.75G", "memory required for HLO temporaries (1.00T) exceeds": what is too much.
-_NAMED = re.compile(r"(?:Used |required[^(]*\()([\d.]+)([KMGT])")
-_GIB_OF = {"K": 2.0**-20, "M": 2.0**-10, "G": 1.0, "T": 1024.0}
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Report:
-    """What a program needs on each device.
-
-    Attributes:
-        name: of the program.
-        memory: its own.
-        resident: bytes of all else that is alive then: optimizer state, policies, caches.
-        flops: of its matrix products, all devices together.
-        collectives: kind -> count and bytes.
-    """
-
-    name: str
-    memory: Memory
-    resident: int
-    flops: int
-    collectives: Mapping[str, Mapping[str, float]]
-
-    def as_json(self) -> dict[str, Any]:
-        """Return it for people."""
-        gib = lambda size: round(size / GIB, 3)  # noqa: E731
-        return {
-            "name": self.name,
-            "peak_gib": gib(self.memory.peak),
-            "resident_gib": gib(self.resident),
-            "arguments_gib": gib(self.memory.arguments),
-            "temporaries_gib": gib(self.memory.temporaries),
-            "flops": self.flops,
-            "collectives": {
-                kind: {"count": of["count"], "gib": gib(of["bytes"])}
-                for kind, of in self.collectives.items()
-            },
-        }
-
-
-def inspect(ahead: Ahead, *, beside: Any) -> Report:
-    """Return what a compiled program needs; `beside` are the shapes of all else that is alive."""
-    return Report(
-        name=ahead.name,
-        memory=memory_of(ahead.compiled),
-        resident=_bytes(beside),
-        flops=matrix_flops(ahead.jaxpr, rounds=ahead.rounds),
-        collectives=collectives_of(ahead.compiled.as_text(), rounds=ahead.rounds),
-    )
-
-
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class _Run:
     """What the programs of a run are compiled for, in shapes.
@@ -98,6 +49,7 @@ class _Run:
         layout: the policy.
         grpo: the reinforcement; None of its arrays exist.
         sampler: draws for evaluation.
+        rates: of a device; None where they are not known.
         state: of training.
         reference: of the KL term; empty for none.
     """
@@ -106,11 +58,12 @@ class _Run:
     layout: Layout
     grpo: GRPO
     sampler: Sampler
+    rates: Rates | None
     state: TrainState
     reference: Params
 
     @classmethod
-    def of(cls, settings: Settings, mesh: Mesh) -> "_Run":
+    def of(cls, settings: Settings, mesh: Mesh, rates: Rates | None) -> "_Run":
         """Build the run's programs without its arrays."""
         layout = model_layout(abstract_model(settings), mesh)
         policy = {**layout.frozen, **layout.shapes}
@@ -133,12 +86,19 @@ class _Run:
             layout=layout,
             grpo=grpo,
             sampler=sampler,
+            rates=rates,
             state=abstract_state(grpo.optimizer, layout),
-            reference=policy if settings.grpo.kl_coefficient else {},
+            reference=_read_only(policy, layout) if settings.grpo.kl_coefficient else {},
         )
 
+    def inspect(self, ahead: Ahead, *, beside: Any) -> Report:
+        """Return what a program needs; `beside` are the shapes of all else that is alive."""
+        return inspect(ahead, beside=beside, rates=self.rates)
 
-def compile_run(settings: Settings, mesh: Mesh) -> Iterator[Report]:
+
+def compile_run(
+    settings: Settings, mesh: Mesh, *, rates: Rates | None = None
+) -> Iterator[Report]:
     """Compile the programs of GRPO and of its evaluations, one at a time.
 
     Yields:
@@ -146,7 +106,7 @@ def compile_run(settings: Settings, mesh: Mesh) -> Iterator[Report]:
         `evaluate` and what comes before it, `reference` where there is a KL term, `update` (the
         gradient of a micro-batch), `add` where there are several, and `apply` (the optimizer).
     """
-    run = _Run.of(settings, mesh)
+    run = _Run.of(settings, mesh, rates)
     policy = run.state.params, run.layout.frozen
     always = policy, run.state.opt_state, run.reference
     yield from _drawing(run, always)
@@ -155,29 +115,63 @@ def compile_run(settings: Settings, mesh: Mesh) -> Iterator[Report]:
     block = _block(settings)
     if run.reference:
         ahead = compile_ahead("reference", run.grpo.score, run.reference, block.tree)
-        yield inspect(ahead, beside=(*policy, run.state.opt_state))
+        yield run.inspect(ahead, beside=(*policy, run.state.opt_state))
+    yield from _update(run, block)
+
+
+def _update(run: _Run, block: GRPOBlock) -> Iterator[Report]:
+    """Compile the update; the time of all its programs is what the update's MFU rests on."""
     programs, beside = run.grpo.programs, (run.state.opt_state, run.reference)
-    arguments = run.layout.shapes, run.layout.frozen, block
-    update = compile_ahead("update", programs.gradient, *arguments)
-    gradient = update.returns[0]
-    several = len(list(grpo_blocks(settings.grpo))) > 1
-    yield inspect(update, beside=(beside, gradient) if several else beside)
-    if several:
-        add = compile_ahead("add", programs.add, gradient, gradient)
-        yield inspect(add, beside=always)
-    apply = compile_ahead("apply", programs.apply, run.state, gradient)
-    yield inspect(apply, beside=(run.reference, run.layout.frozen))
+    policy = run.state.params, run.layout.frozen
+    ahead = compile_ahead("update", programs.gradient, run.layout.shapes, run.layout.frozen, block)
+    gradient, rounds = ahead.returns[0], len(list(grpo_blocks(run.settings.grpo)))
+    update = run.inspect(ahead, beside=(beside, gradient) if rounds > 1 else beside)
+    others = []
+    if rounds > 1:
+        ahead = compile_ahead("add", programs.add, gradient, gradient)
+        others.append(run.inspect(ahead, beside=(policy, beside)))
+    ahead = compile_ahead("apply", programs.apply, run.state, gradient)
+    others.append(run.inspect(ahead, beside=(run.reference, run.layout.frozen)))
+    if run.rates is not None:
+        often = {"update": rounds, "add": rounds - 1, "apply": 1}
+        seconds = sum(often[of.name] * of.predicted.seconds for of in (update, *others))
+        could = run.layout.mesh.size * run.rates.flops * seconds
+        update = dataclasses.replace(update, mfu=_useful_flops(run) / could)
+    yield from (update, *others)
+
+
+def _useful_flops(run: _Run) -> int:
+    """Return what an update must compute whose texts are all as long as their limits."""
+    of, limits = run.settings.grpo, run.settings.training_limits
+    full = lambda limit, *rows: np.full(rows, limit, np.int32)  # noqa: E731
+    lengths = Lengths(
+        full(limits.guide, of.trees),
+        full(limits.question, of.trees, of.questions),
+        full(limits.completion, of.trees, of.questions, of.group),
+    )
+    config = abstract_model(run.settings).config
+    trained = (shape.size for name, shape in run.layout.shapes.items() if is_adapter(name))
+    return update_flops(config, tree_load(lengths), adapter=sum(trained))
+
+
+def _read_only(policy: Params, layout: Layout) -> Params:
+    """Return the shapes of a policy that is only read: held as the forward computes."""
+    dtype = nnx.merge(layout.graph, model_state(policy)).dtype
+    return {
+        name: jax.ShapeDtypeStruct(x.shape, x.dtype if x.dtype == jnp.int8 else dtype, sharding=x.sharding)
+        for name, x in policy.items()
+    }
 
 
 def _drawing(run: _Run, always: Any) -> Iterator[Report]:
     """Compile what draws completions; parameters and moments are alive beside it."""
     of, limits, sampler = run.settings.grpo, run.settings.training_limits, run.grpo.drawing.sampler
     if sampler.copied:
-        yield inspect(_relayout(sampler, run.layout), beside=always)
+        yield run.inspect(_relayout(sampler, run.layout), beside=always)
     guide = compile_ahead(
         "guide_prefill", prefill, *_model(sampler), (_level(limits.guide, of.trees),)
     )
-    yield inspect(guide, beside=always)
+    yield run.inspect(guide, beside=always)
     for ahead in compile_rollout(
         *_model(sampler),
         (_level(limits.question, of.trees, of.questions),),
@@ -188,10 +182,12 @@ def _drawing(run: _Run, always: Any) -> Iterator[Report]:
         pad_id=0,
         chunk=of.chunk,
         compaction=of.compaction,
+        smallest_batch=of.smallest_batch,
+        smallest_cache=of.smallest_cache,
         ancestors=guide.returns[1],
         mesh=sampler.layout.mesh,
     ):
-        yield inspect(ahead, beside=(always, ahead.beside))
+        yield run.inspect(ahead, beside=(always, ahead.beside))
 
 
 def _relayout(sampler: Sampler, layout: Layout) -> Ahead:
@@ -208,7 +204,7 @@ def _evaluation(run: _Run, always: Any) -> Iterator[Report]:
     of, limits, sampler = run.settings.evaluate, run.settings.limits, run.sampler
     model, mesh = _model(sampler), sampler.layout.mesh
     guide = compile_ahead("evaluate_guide", prefill, *model, (_level(limits.guide),))
-    yield inspect(guide, beside=always)
+    yield run.inspect(guide, beside=always)
     question = compile_ahead(
         "evaluate_questions",
         prefill,
@@ -217,7 +213,7 @@ def _evaluation(run: _Run, always: Any) -> Iterator[Report]:
         ancestors=guide.returns[1],
         mesh=mesh,
     )
-    yield inspect(question, beside=always)
+    yield run.inspect(question, beside=always)
     program = Program(
         settings=SamplingSettings(temperature=of.temperature),
         stop_ids=(0,),
@@ -236,17 +232,17 @@ def _evaluation(run: _Run, always: Any) -> Iterator[Report]:
         width=widths(limits.completion)[-1],
         program=program,
     )
-    yield inspect(start, beside=always)
+    yield run.inspect(start, beside=always)
     decode = compile_ahead(
         "evaluate",
         decode_chunk,
         *model,
         start.returns,
         question.returns[1],
-        rounds=Draw.chunk,
+        rounds=decode_rounds(Draw.chunk),
         program=program,
     )
-    yield inspect(decode, beside=always)
+    yield run.inspect(decode, beside=always)
 
 
 def _block(settings: Settings) -> GRPOBlock:
@@ -279,66 +275,6 @@ def _block(settings: Settings) -> GRPOBlock:
     )
 
 
-def summary(
-    reports: Sequence[Report],
-    where: Slice | None,
-    *,
-    devices: int,
-    refused: Mapping[str, Any] | None = None,
-) -> dict[str, Any]:
-    """Return all programs' needs as a JSON object; `fits` is None where the memory is unknown.
-
-    Args:
-        reports: of the programs that were compiled.
-        where: the slice; None for the devices that are here.
-        devices: how many there are.
-        refused: of a program that the compiler refused, see `refused`.
-    """
-    peak = max((report.memory.peak + report.resident for report in reports), default=0) / GIB
-    if refused is not None:
-        peak = max(peak, refused["gib"] or 0)
-    fits = None
-    if where is not None:
-        fits = refused is None and peak <= where.chip.usable_gib
-    known = {} if where is None else {"chips": where.chips, "hbm_gib_per_chip": where.chip.hbm_gib}
-    return {
-        "fits": fits,
-        "devices": devices,
-        **known,
-        "peak_gib_per_chip": round(peak, 3),
-        **({} if refused is None else {"refused": refused}),
-        "programs": [report.as_json() for report in reports],
-    }
-
-
-def refused(error: Exception) -> dict[str, Any] | None:
-    """Return what a compiler says that refuses a program for its memory; None of other errors."""
-    text = str(error)
-    if "RESOURCE_EXHAUSTED" not in text:
-        return None
-    found = _NAMED.search(text)
-    gib = float(found[1]) * _GIB_OF[found[2]] if found else None
-    return {"gib": gib, "says": text.splitlines()[0]}
-
-
-def shown(report: Report) -> str:
-    """Return a line for people."""
-    gathered = " ".join(f"{kind} {of['count']}" for kind, of in report.collectives.items())
-    memory, beside = report.memory.peak / GIB, report.resident / GIB
-    return (
-        f"{report.name:24} {memory:8.3f} GiB and {beside:8.3f} beside it,"
-        f" {report.flops / 1e12:10.3f} TFLOP  {gathered}"
-    )
-
-
 def _level(width: int, *rows: int) -> Level:
     shape = lambda *sizes: jax.ShapeDtypeStruct(sizes, jnp.int32)  # noqa: E731
     return Level(shape(*rows, width), shape(*rows))
-
-
-def _bytes(tree: Any) -> int:
-    """Return the bytes of shapes on each device."""
-    return sum(
-        math.prod(x.sharding.shard_shape(x.shape) if x.sharding else x.shape) * x.dtype.itemsize
-        for x in jax.tree.leaves(tree)
-    )

@@ -5,6 +5,9 @@ import os
 from collections.abc import Sequence
 from typing import Any
 
+from r1re_jax.launch.program import Rates
+from r1re_jax.model.peaks import peak_of
+
 GIB = 2**30
 
 
@@ -15,21 +18,26 @@ class Chip:
     Attributes:
         hbm_gib: memory that its maker states.
         usable_gib: what the compiler lets a program have on a device; v4 shows two devices a chip.
+        clock: cycles a second of a device: what makes its peak of the cycles of a large product.
+        links: bytes a second that can arrive at a chip over all its links.
         examples: topologies that exist, smallest first.
     """
 
     hbm_gib: float
     usable_gib: float
+    clock: float
+    links: float
     examples: tuple[str, ...]
 
 
 # Google Cloud documentation, "HBM capacity per chip" at cloud.google.com/tpu/docs/{v4,v5e,v5p,v6e};
-# usable: what libtpu 0.0.42.1 says is available where a program is refused.
+# "Interchip Interconnect BW per chip" there, in bytes; usable: what libtpu 0.0.42.1 says is available
+# where a program is refused.
 CHIPS = {
-    "v4": Chip(32, 15.25, ("v4:2x2x1", "v4:2x2x2", "v4:2x2x4", "v4:4x4x4")),
-    "v5e": Chip(16, 15.75, ("v5e:2x2", "v5e:2x4", "v5e:4x4", "v5e:4x8", "v5e:8x8")),
-    "v5p": Chip(95, 95.74, ("v5p:2x2x1", "v5p:2x2x2", "v5p:2x2x4", "v5p:4x4x4")),
-    "v6e": Chip(32, 31.25, ("v6e:2x2", "v6e:2x4", "v6e:4x4", "v6e:4x8", "v6e:8x8")),
+    "v4": Chip(32, 15.25, 1.05e9, 300e9, ("v4:2x2x1", "v4:2x2x2", "v4:2x2x4", "v4:4x4x4")),
+    "v5e": Chip(16, 15.75, 1.5e9, 200e9, ("v5e:2x2", "v5e:2x4", "v5e:4x4", "v5e:4x8", "v5e:8x8")),
+    "v5p": Chip(95, 95.74, 1.75e9, 600e9, ("v5p:2x2x1", "v5p:2x2x2", "v5p:2x2x4", "v5p:4x4x4")),
+    "v6e": Chip(32, 31.25, 1.75e9, 448e9, ("v6e:2x2", "v6e:2x4", "v6e:4x4", "v6e:4x8", "v6e:8x8")),
 }
 
 
@@ -52,6 +60,17 @@ class Slice:
     devices: Sequence[Any]
     chips: int
     chip: Chip
+
+    @property
+    def rates(self) -> Rates:
+        """What one device does in a second: a chip's share, where it shows two."""
+        peak, share = peak_of(self.devices[0].device_kind), self.chips / len(self.devices)
+        return Rates(
+            clock=self.chip.clock,
+            flops=peak.flops["bfloat16"] * share,
+            bandwidth=peak.bandwidth * share,
+            links=self.chip.links * share,
+        )
 
 
 def tpu_slice(name: str) -> Slice:

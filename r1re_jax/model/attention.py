@@ -99,10 +99,10 @@ class Kernels:
         return cls(mesh, interpret=not is_tpu)
 
     def takes(self, shape: Sequence[int], part: Part) -> bool:
-        """Whether a kernel computes a part for queries [K, *B, T, g, A], as one device has them."""
+        """Whether a kernel computes a part for queries [K, *B, T, g, A]."""
         plain = not isinstance(part.key, Int8) and not isinstance(part.value, Int8)
         fits = shape[-1] % chip.LANES == 0 or self.interpret
-        return plain and fits and chip.query_block(math.prod(shape[part.batch : -1])) > 0
+        return plain and fits
 
     def forward(
         self, query_KBTgA: jax.Array, part: Part

@@ -52,13 +52,13 @@ class Shape:
     @property
     def block(self) -> tuple[int, int]:
         """Keys and queries of a block."""
-        return min(BLOCK, self.slots), query_block(self.queries)
+        return min(BLOCK, self.slots), min(BLOCK, self.queries)
 
     @property
     def blocks(self) -> tuple[int, int]:
         """Blocks of keys and of queries."""
         keys, queries = self.block
-        return -(-self.slots // keys), self.queries // queries
+        return -(-self.slots // keys), -(-self.queries // queries)
 
     def seen(self, length: jax.Array, query: jax.Array) -> jax.Array:
         """Return how many keys some queries see at most: those of block number `query`."""
@@ -66,13 +66,6 @@ class Shape:
             return length
         last = (query + 1) * self.block[1] - 1
         return jnp.minimum(last // self.group + 1, self.slots)
-
-
-def query_block(queries: int) -> int:
-    """Return how many queries a block has; 0 where they cannot be cut into blocks."""
-    if queries <= BLOCK:
-        return queries
-    return next((size for size in range(BLOCK, 0, -LANES) if queries % size == 0), 0)
 
 
 def forward(
@@ -262,7 +255,7 @@ def _forward_kernel(
         top = jnp.maximum(top_ref[...], jnp.max(score, 0, keepdims=True))
         weight = jnp.where(seen, jnp.exp(score - top), 0.0)
         scale = jnp.exp(top_ref[...] - top)
-        value = _real(value_ref[...], key, of, axis=0)
+        value = _real_key(value_ref[...], key, of, axis=0)
         total_ref[...] = total_ref[...] * scale + jnp.sum(weight, 0, keepdims=True)
         sum_ref[...] = sum_ref[...] * scale + _dot(value, weight.astype(value.dtype), 0, 0)
         top_ref[...] = top
@@ -299,7 +292,7 @@ def _query_kernel(
     def _add() -> None:
         refs = query_ref, key_ref, value_ref, cotangent_ref, lse_ref, delta_ref
         _, by_score = _score_gradient(refs, length, query, key, of)
-        sum_ref[...] += _dot(_real(key_ref[...], key, of, axis=1), by_score, 1, 0)
+        sum_ref[...] += _dot(_real_key(key_ref[...], key, of, axis=1), by_score, 1, 0)
 
     @pl.when(key == pl.num_programs(2) - 1)
     def _end() -> None:
@@ -333,8 +326,11 @@ def _key_kernel(
     def _add() -> None:
         refs = query_ref, key_ref, value_ref, cotangent_ref, lse_ref, delta_ref
         weight, by_score = _score_gradient(refs, length, query, key, of)
-        key_sum_ref[...] += _dot(query_ref[...], by_score, 0, 1)
-        value_sum_ref[...] += _dot(weight.astype(cotangent_ref.dtype), cotangent_ref[...], 1, 0)
+        queries, cotangents = (
+            _real_query(ref[...], query, of) for ref in (query_ref, cotangent_ref)
+        )
+        key_sum_ref[...] += _dot(queries, by_score, 0, 1)
+        value_sum_ref[...] += _dot(weight.astype(cotangents.dtype), cotangents, 1, 0)
 
     @pl.when(query == pl.num_programs(2) - 1)
     def _end() -> None:
@@ -349,9 +345,10 @@ def _score_gradient(
     query_ref, key_ref, value_ref, cotangent_ref, lse_ref, delta_ref = refs
     score, seen = _scores(query_ref[...], key_ref[...], length, query, key, of)
     weight = jnp.where(seen, jnp.exp(score - lse_ref[...]), 0.0)
-    value = _real(value_ref[...], key, of, axis=0)
+    value = _real_key(value_ref[...], key, of, axis=0)
     by_score = weight * (_dot(value, cotangent_ref[...], 1, 1) - delta_ref[...])
-    return weight, by_score.astype(query_ref.dtype)
+    # Beyond the last query all may be NaN, and 0 · NaN is NaN.
+    return weight, jnp.where(seen, by_score, 0.0).astype(query_ref.dtype)
 
 
 def _scores(
@@ -361,19 +358,27 @@ def _scores(
     keys, queries = of.block
     score = _dot(key, query, 0, 1)
     slot = at_key * keys + jax.lax.broadcasted_iota(jnp.int32, score.shape, 0)
-    if not of.group:
-        return score, slot < length
     number = at_query * queries + jax.lax.broadcasted_iota(jnp.int32, score.shape, 1)
-    return score, slot <= number // of.group
+    seen = slot <= number // of.group if of.group else slot < length
+    return score, seen if of.queries % queries == 0 else seen & (number < of.queries)
 
 
-def _real(x: jax.Array, at_key: Any, of: Shape, *, axis: int) -> jax.Array:
-    """Zero what a block has beyond the last slot: it may hold NaN, and 0 · NaN is NaN."""
-    keys = of.block[0]
-    if of.slots % keys == 0:
+def _real_key(x: jax.Array, at_key: Any, of: Shape, *, axis: int) -> jax.Array:
+    """Zero what a block of keys has beyond the last slot: 0 · NaN is NaN."""
+    return _real(x, at_key, of.block[0], of.slots, axis=axis)
+
+
+def _real_query(x: jax.Array, at_query: Any, of: Shape) -> jax.Array:
+    """Likewise of a block of queries."""
+    return _real(x, at_query, of.block[1], of.queries, axis=0)
+
+
+def _real(x: jax.Array, block: Any, size: int, whole: int, *, axis: int) -> jax.Array:
+    """Zero what lies beyond the `whole` of an array that is cut into blocks of a size."""
+    if whole % size == 0:
         return x
-    slot = at_key * keys + jax.lax.broadcasted_iota(jnp.int32, x.shape, axis)
-    return jnp.where(slot < of.slots, x, jnp.zeros_like(x))
+    number = block * size + jax.lax.broadcasted_iota(jnp.int32, x.shape, axis)
+    return jnp.where(number < whole, x, jnp.zeros_like(x))
 
 
 def _dot(one: jax.Array, other: jax.Array, axis: int, other_axis: int) -> jax.Array:

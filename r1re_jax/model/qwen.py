@@ -19,7 +19,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jax.sharding import Mesh
+from jax.sharding import Mesh, NamedSharding
 
 from r1re_jax import sharding
 from r1re_jax.model.attention import Attention, Kernels, Part, attend
@@ -168,6 +168,7 @@ class Qwen(nnx.Module):
     """The policy network. Parameters are fp32 masters; `dtype` is what the forward computes in."""
 
     cache: Quantisation = Quantisation.NONE  # what `decode` writes; see r1re_jax.model.quantise
+    mesh: Mesh | None = None  # that arrays are spread over, see `placed`
     kernels: Kernels | None = None  # of attention; None for by XLA
 
     def __init__(
@@ -330,14 +331,36 @@ class Qwen(nnx.Module):
         take = lambda layer: jax.tree.map(lambda x: x[layer], stacked)  # noqa: E731
         return [take(layer) for layer in range(self.config.layers)]
 
-    def logits(self, hidden: jax.Array) -> jax.Array:
-        """[..., D] -> [..., V] in fp32 whatever the forward computes in."""
-        return product(hidden, self.head_weight(hidden.dtype), jnp.float32)
+    def logits(
+        self, hidden: jax.Array, *, questions: int | None = None, weight: jax.Array | None = None
+    ) -> jax.Array:
+        """[..., D] -> [..., V] in fp32 whatever the forward computes in.
 
-    def head_weight(self, dtype: jnp.dtype) -> jax.Array:
-        """Return the output projection [D, V]: the head, or the embedding transposed where tied."""
+        Args:
+            hidden: final norm applied.
+            questions: the axis of the questions, of rows that a mesh spreads. Then every device of
+                a slice computes its part of the vocabulary for all of them: what moves are the
+                rows, and not a head of a thousand times their size.
+            weight: `head_weight()`, to be taken once before a loop.
+        """
+        if self.mesh is not None and questions is not None:
+            names: list[str | None] = [None] * hidden.ndim
+            names[questions] = "scored"
+            where = NamedSharding(self.mesh, sharding.spec(tuple(names)))
+            hidden = jax.lax.with_sharding_constraint(hidden, where)
+        weight = self.head_weight() if weight is None else weight
+        return product(hidden, weight.astype(hidden.dtype), jnp.float32)
+
+    def head_weight(self) -> jax.Array:
+        """Return the output projection [D, V]: the head, or the embedding transposed where tied.
+
+        On a mesh the vocabulary is spread over all devices of a slice.
+        """
         weight = self.embed[...].T if self.head is None else self.head[...]
-        return weight.astype(dtype)
+        if self.mesh is None:
+            return weight
+        where = sharding.drawing_spec(("embed", "vocab"), weight.shape, self.mesh)
+        return jax.lax.with_sharding_constraint(weight, NamedSharding(self.mesh, where))
 
     def empty_cache(self, batch: Sequence[int], length: int) -> KeyValue:
         """Return a zero own cache, for each layer of keys and values [K, *batch, ...].
@@ -397,6 +420,7 @@ def abstract_qwen(
 def placed(model: Qwen, mesh: Mesh) -> Qwen:
     """Return the model as it computes on a mesh; the argument stays as it is."""
     model = nnx.merge(*nnx.split(model))
+    model.mesh = mesh if mesh.size > 1 else None
     model.kernels = Kernels.on(mesh, model.attention)
     return model
 

@@ -88,10 +88,13 @@ def _score_in_chunks(
     chunk = min(chunk, max(limit, 1))
     pieces = -(-limit // chunk)
 
+    weight, questions = model.head_weight(), token_BC.ndim - 3
+
     @functools.partial(jax.checkpoint, prevent_cse=False)
     def piece(_: None, inputs: tuple[jax.Array, jax.Array]) -> tuple[None, tuple]:
         hidden, token = inputs
-        return None, token_scores(model.logits(hidden) / temperature, token)
+        logits = model.logits(hidden, questions=questions, weight=weight)
+        return None, token_scores(logits / temperature, token)
 
     xs = (_cut(hidden_BCD, -2, pieces, chunk), _cut(token_BC, -1, pieces, chunk))
     _, scores = jax.lax.scan(piece, None, xs)

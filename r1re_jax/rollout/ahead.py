@@ -18,6 +18,7 @@ from r1re_jax.model.tree import Level
 from r1re_jax.rollout import decode
 from r1re_jax.rollout.rollout import Sizes
 from r1re_jax.rollout.sampling import SamplingSettings
+from r1re_jax.rollout.shapes import RECENT
 from r1re_jax.rollout.state import Program, grown, kept_caches, kept_rows
 
 # What rows have written, as `DecodeState` names it.
@@ -33,7 +34,7 @@ class Ahead:
         jaxpr: what it computes.
         compiled: for the devices of its arguments.
         returns: shapes and shardings of what it returns.
-        rounds: how often the bodies of its while loops run at most, in all.
+        rounds: of its while loops, at most, the outermost first.
         beside: shapes of arrays that are alive while it runs and are none of its arguments, as far
             as they are known where it is compiled.
     """
@@ -42,16 +43,25 @@ class Ahead:
     jaxpr: Any
     compiled: jax.stages.Compiled
     returns: Any
-    rounds: int = 1
+    rounds: tuple[int, ...] = ()
     beside: Any = ()
 
 
 def compile_ahead(
-    name: str, function: Any, *args: Any, rounds: int = 1, beside: Any = (), **more: Any
+    name: str,
+    function: Any,
+    *args: Any,
+    rounds: tuple[int, ...] = (),
+    beside: Any = (),
+    **more: Any,
 ) -> Ahead:
     """Compile a jitted function for arguments that may be shapes in place of arrays."""
     traced = function.trace(*args, **more)
-    compiled = traced.lower().compile()
+    try:
+        compiled = traced.lower().compile()
+    except jax.errors.JaxRuntimeError as error:
+        error.add_note(name)
+        raise
 
     def shape(x: jax.ShapeDtypeStruct, where: Any) -> jax.ShapeDtypeStruct:
         # A sharding on one device is left out, as arrays there have none that was asked for.
@@ -81,6 +91,8 @@ def compile_rollout(
     pad_id: int,
     chunk: int = 32,
     compaction: int = 0,
+    smallest_batch: int = 1,
+    smallest_cache: int = 0,
     ancestors: Sequence[Cache] = (),
     mesh: Mesh | None = None,
 ) -> Iterator[Ahead]:
@@ -102,7 +114,16 @@ def compile_rollout(
         chunk=chunk,
         mesh=mesh,
     )
-    sizes, model = Sizes.of(keys.shape, compaction=compaction, program=program), (graph, params)
+    sizes, model = (
+        Sizes.of(
+            keys.shape,
+            compaction=compaction,
+            smallest_batch=smallest_batch,
+            smallest_cache=smallest_cache,
+            program=program,
+        ),
+        (graph, params),
+    )
     found = compile_ahead(
         "question_prefill",
         decode.prefill,
@@ -158,9 +179,14 @@ def compile_rollout(
                 *model,
                 state,
                 above,
-                rounds=chunk,
+                rounds=decode_rounds(chunk),
                 **options,
             )
+
+
+def decode_rounds(chunk: int) -> tuple[int, int]:
+    """Return the rounds of a chunk's loops: blocks of tokens, and the tokens of a block."""
+    return -(-chunk // RECENT), min(RECENT, chunk)
 
 
 def _layer(cache: KeyValue) -> KeyValue:

@@ -113,7 +113,7 @@ def start_state(
     """
     model, batch = nnx.merge(graph, params), keys.shape
     *trees, questions, group = batch
-    logits = model.logits(hidden)[..., None, :]
+    logits = model.logits(hidden, questions=hidden.ndim - 2)[..., None, :]
     done = jnp.broadcast_to(ancestors[-1].length[..., None] == 0, batch)
     logits = jnp.broadcast_to(logits, (*batch, logits.shape[-1]))
     token, logp, ended = _draw(logits, keys, jnp.int32(0), done, program)
@@ -250,7 +250,7 @@ class _Loop:
             own=chunk.recent,
             layers=self.layers,
         )
-        logits = self.model.logits(hidden)
+        logits = self.model.logits(hidden, questions=hidden.ndim - 3)
         token, logp, done = _draw(logits, self.key, chunk.step, chunk.done, self.program)
         put = functools.partial(
             jax.lax.dynamic_update_index_in_dim, index=chunk.step - self.first, axis=-1

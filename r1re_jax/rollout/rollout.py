@@ -69,6 +69,8 @@ def generate(
     pad_id: int,
     chunk: int = 32,
     compaction: int = 0,
+    smallest_batch: int = 1,
+    smallest_cache: int = 0,
     ancestors: Sequence[Cache] = (),
     on_chunk: Callable[[Progress], None] | None = None,
     mesh: Mesh | None = None,
@@ -92,6 +94,9 @@ def generate(
         compaction: how many sizes of the batch there are from one to its half; finished rows are
             dropped between chunks where that makes it smaller and there is a chunk to come. 0: it
             keeps its size. Changes no sample.
+        smallest_batch: rows of a tree that the batch has at least.
+        smallest_cache: slots that the cache of completions begins with, before it doubles; 0 for
+            `shapes.NARROWEST`.
         ancestors: caches (`decode.prefill`) above the levels, such as a guide's that batches share.
         on_chunk: called on the host after every chunk; what it raises ends the rollout.
         mesh: spreads the questions over the mesh's data axes.
@@ -112,7 +117,13 @@ def generate(
     hidden, caches = decode.prefill(
         graph, params, tuple(levels), ancestors=tuple(ancestors), mesh=mesh
     )
-    sizes = Sizes.of(keys.shape, compaction=compaction, program=program)
+    sizes = Sizes.of(
+        keys.shape,
+        compaction=compaction,
+        smallest_batch=smallest_batch,
+        smallest_cache=smallest_cache,
+        program=program,
+    )
     width = sizes.widths[0]
     state = decode.start_state(graph, params, hidden, caches, keys, width=width, program=program)
     step, done = 1, np.asarray(state.done)
@@ -191,11 +202,21 @@ class Sizes:
     program: Program
 
     @classmethod
-    def of(cls, shape: Sequence[int], *, compaction: int, program: Program) -> "Sizes":
-        """Those of completions [*, P, G]."""
+    def of(
+        cls,
+        shape: Sequence[int],
+        *,
+        compaction: int,
+        program: Program,
+        smallest_batch: int = 1,
+        smallest_cache: int = 0,
+    ) -> "Sizes":
+        """Those of completions [*, P, G]; arguments as of `generate`."""
         ways = 1 if program.mesh is None else sharding.question_ways(program.mesh)
-        rows = row_counts(shape[-2] * shape[-1], steps=compaction, ways=ways)
-        return cls(rows=rows, widths=widths(program.limit), program=program)
+        whole = shape[-2] * shape[-1]
+        rows = row_counts(whole, steps=compaction, ways=ways, smallest=smallest_batch)
+        slots = widths(program.limit, smallest=smallest_cache)
+        return cls(rows=rows, widths=slots, program=program)
 
     def fitted(
         self, state: DecodeState, caches: Sequence[Cache], *, done: np.ndarray, step: int

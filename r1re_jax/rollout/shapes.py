@@ -12,15 +12,16 @@ NARROWEST = 64
 RECENT = 8
 
 
-def widths(limit: int) -> tuple[int, ...]:
+def widths(limit: int, *, smallest: int = 0) -> tuple[int, ...]:
     """Return the widths that the cache of completions can have, in slots, rising.
 
     Args:
         limit: C, most tokens of a completion; its last token is never looked at.
+        smallest: the first width, whole blocks of it; 0 for NARROWEST.
     """
-    whole = slots(limit - 1)
-    doublings = range(max(0, math.ceil(math.log2(whole / NARROWEST))))
-    return (*(NARROWEST << doubling for doubling in doublings), whole)
+    whole, first = slots(limit - 1), slots(smallest or NARROWEST)
+    doublings = range(max(0, math.ceil(math.log2(whole / first))))
+    return (*(first << doubling for doubling in doublings), whole)
 
 
 def slots(tokens: int) -> int:
@@ -28,18 +29,19 @@ def slots(tokens: int) -> int:
     return -(-max(tokens, 1) // RECENT) * RECENT
 
 
-def row_counts(rows: int, *, steps: int, ways: int = 1) -> tuple[int, ...]:
+def row_counts(rows: int, *, steps: int, ways: int = 1, smallest: int = 1) -> tuple[int, ...]:
     """Return the numbers of rows of a tree that a batch can have, falling from `rows` on.
 
     Args:
         rows: P·G at the beginning.
         steps: how many numbers from one to its half; 0 keeps the first for good.
         ways: devices that share the rows: every number but the first is a multiple.
+        smallest: fewer rows are not worth a program of their own.
     """
     found = [rows]
     for step in range(1, steps * math.ceil(math.log2(max(rows, 1))) + 1) if steps else ():
         count = -(-math.ceil(rows * 2 ** (-step / steps)) // ways) * ways
-        if count < found[-1]:
+        if smallest <= count < found[-1]:
             found.append(count)
     return tuple(found)
 

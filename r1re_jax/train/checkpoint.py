@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import optax
 import orbax.checkpoint as ocp
 from orbax.checkpoint.checkpoint_managers import PolicyCheckpointInfo, PreservationContext
@@ -190,8 +191,10 @@ def keep_reference(workdir: str | os.PathLike, params: Params, *, step: int) -> 
         checkpointer.save(folder, params)
 
 
-def load_reference(workdir: str | os.PathLike, layout: Layout, *, step: int) -> Params:
-    """Read the reference of a step.
+def load_reference(
+    workdir: str | os.PathLike, layout: Layout, *, step: int, dtype: jnp.dtype = jnp.float32
+) -> Params:
+    """Read the reference of a step, held in `dtype`: it is only read, by a forward in that type.
 
     Raises:
         FileNotFoundError: it is not there.
@@ -203,7 +206,11 @@ def load_reference(workdir: str | os.PathLike, layout: Layout, *, step: int) -> 
             " it back, or start in a new work directory"
         )
     with ocp.StandardCheckpointer() as checkpointer:
-        return checkpointer.restore(folder, dict(layout.shapes))
+        shapes = {
+            name: jax.ShapeDtypeStruct(shape.shape, dtype, sharding=shape.sharding)
+            for name, shape in layout.shapes.items()
+        }
+        return checkpointer.restore(folder, shapes)
 
 
 def _reference_folder(workdir: str | os.PathLike, step: int) -> Path:

@@ -29,6 +29,8 @@ SAFE_KEYS: dict[str, str] = {
     "grpo.micro_group": "same sums, other memory",
     "grpo.chunk": "same tokens, other memory",
     "grpo.compaction": "same tokens, other time",
+    "grpo.smallest_batch": "same tokens, other time",
+    "grpo.smallest_cache": "same tokens, other memory",
     "grpo.score_chunk": "same sums, other memory",
     "grpo.max_logp_gap": "only when to stop",
 }

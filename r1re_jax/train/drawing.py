@@ -141,6 +141,8 @@ class Drawing:
             pad_id=self.encoder.pad_id,
             chunk=settings.chunk,
             compaction=settings.compaction,
+            smallest_batch=settings.smallest_batch,
+            smallest_cache=settings.smallest_cache,
             on_chunk=lambda progress: tick(f"rollout {progress.tokens}/{progress.limit}"),
             mesh=self.sampler.layout.mesh,
         )

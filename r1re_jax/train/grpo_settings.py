@@ -108,6 +108,9 @@ class GRPOSettings:
         compaction: how many sizes of the decoded batch there are from one to its half; finished
             completions are dropped between chunks where a smaller size holds the others. Each size
             is a program to compile; 0 keeps the batch whole.
+        smallest_batch: completions of a tree that the decoded batch has at least.
+        smallest_cache: tokens of a completion that the cache has room for at first, before it
+            doubles; each size is a program to compile. 0 for 64.
         score_chunk: completion positions whose logits exist at a time.
         max_logp_gap: the run stops when sampler and trainer differ by more than this in the mean
             log-probability of a sampled token, in nats.
@@ -144,6 +147,8 @@ class GRPOSettings:
     quantise: QuantiseSettings = QuantiseSettings()
     chunk: int = 32
     compaction: int = 3
+    smallest_batch: int = 1
+    smallest_cache: int = 0
     score_chunk: int = 128
     max_logp_gap: float = 0.25
     optimizer: OptimizerSettings = flat(OptimizerSettings(learning_rate=1e-6))
@@ -151,7 +156,9 @@ class GRPOSettings:
     def __post_init__(self) -> None:
         """Refuse sizes that do not fit and sampling that scoring does not match."""
         at_least(self, 0, "steps", "micro_batch", "refill", "overlong_buffer", "compaction")
+        at_least(self, 0, "smallest_cache")
         at_least(self, 1, "trees", "questions", "inner_iterations", "chunk", "score_chunk")
+        at_least(self, 1, "smallest_batch")
         if self.group < 2:
             raise ValueError(
                 f"group is {self.group}; GRPO compares the completions of a question with each"

@@ -277,7 +277,8 @@ class _Run:
             return start.whole(no_adapter(start.layout))
         if step == first:
             keep_reference(self.workdir, state.params, step=first)
-        return start.whole(load_reference(self.workdir, start.layout, step=first))
+        dtype = start.policy.model.dtype
+        return start.whole(load_reference(self.workdir, start.layout, step=first, dtype=dtype))
 
     def _optimizer(self, phase: Phase, start: Start) -> optax.GradientTransformation:
         of = self.settings.sft if phase is Phase.SFT else self.settings.grpo

@@ -12,8 +12,9 @@ import jax.numpy as jnp
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
-from r1re_jax.launch.compile import Report, compile_run, refused, shown, summary
-from r1re_jax.launch.inspect import Memory, collectives_of, matrix_flops, memory_of
+from r1re_jax.launch.compile import compile_run
+from r1re_jax.launch.needs import Memory, Report, matrix_flops, memory_of, refused, shown, summary
+from r1re_jax.launch.program import Text
 from r1re_jax.launch.topology import CHIPS, GIB, Slice, TopologyError, tpu_slice
 from tests.train import world
 
@@ -34,7 +35,7 @@ def test_products_are_counted_as_often_as_they_run() -> None:
 
     jaxpr = jax.make_jaxpr(program)(jnp.ones((3, 4)), jnp.ones((4, 5)))
     assert matrix_flops(jaxpr) == (7 + 1 + 1) * one
-    assert matrix_flops(jaxpr, rounds=9) == (7 + 9 + 1) * one
+    assert matrix_flops(jaxpr, rounds=(3, 3)) == (7 + 9 + 1) * one
 
 
 def test_collectives_are_counted_as_often_as_they_run() -> None:
@@ -49,12 +50,13 @@ def test_collectives_are_counted_as_often_as_they_run() -> None:
 
     shape = jax.ShapeDtypeStruct((8, 16), jnp.float32, sharding=split)
     text = jax.jit(program).lower(shape).compile().as_text()
-    found = collectives_of(text)
+    found = Text.of(text).collectives()
     assert found["all-reduce"] == {"count": 5, "bytes": 5 * 4}
     assert found["all-gather"] == {"count": 1, "bytes": 8 * 16 * 4}
     # The same where the compiler does not know how often a loop runs.
     unknown = text.replace("known_trip_count", "unknown")
-    assert collectives_of(unknown, rounds=3)["all-reduce"]["count"] == 3
+    unknown = unknown.replace("direction=LT", "direction=LE")
+    assert Text.of(unknown).collectives(rounds=[3])["all-reduce"]["count"] == 3
 
 
 def test_memory_is_what_arrays_take() -> None:
@@ -72,16 +74,18 @@ def test_a_run_is_its_programs(tmp_path: pathlib.Path) -> None:
     of, limits = settings.grpo, world.LIMITS
     rows = of.questions * of.group
     decoded = [f"decode_{count}x{limits.completion}" for count in (rows, rows // 2, 1)]
-    assert [name for name in reports if not name.startswith("compact")] == [
+    assert [name for name in reports if not name.startswith(("compact", "rows"))] == [
         *("guide_prefill", "question_prefill", "start"),
         *decoded,
-        *("reference", "update", "apply"),
+        *("evaluate_guide", "evaluate_questions", "evaluate_start", "evaluate"),
+        *("reference", "update", "add", "apply"),
     ]
     policy = reports["apply"].resident
     assert policy > 0, "the reference is alive while the optimizer works"
     # And counters, a few bytes.
     assert 0 <= reports["reference"].resident - 3 * policy < 100, "policy and two moments"
-    assert 0 <= reports["update"].resident - 3 * policy < 100, "two moments and the reference"
+    held = "two moments, the reference, and what the micro-batches before have added up"
+    assert 0 <= reports["update"].resident - 4 * policy < 100, held
     assert reports["update"].flops > 3 * reports["reference"].flops
     assert reports[decoded[0]].flops > 1.5 * reports[decoded[1]].flops
     assert all(report.memory.peak > 0 for report in reports.values())
@@ -108,13 +112,15 @@ def test_a_refusal_names_what_would_be_needed() -> None:
     where = Slice("v5e:2x2", (), 4, CHIPS["v5e"])
     says = "RESOURCE_EXHAUSTED: Ran out of memory in memory space hbm. Used 27.11G of 15.75G hbm."
     found = refused(RuntimeError(says))
-    assert found == {"gib": 27.11, "says": says}
+    assert found == {"program": None, "gib": 27.11, "says": says}
     result = summary([_report(4)], where, devices=4, refused=found)
     assert (result["fits"], result["peak_gib_per_chip"]) == (False, 27.11)
     # As libtpu 0.0.42.1 says it.
     says = "RESOURCE_EXHAUSTED: Ran out of memory on HBM, the total memory required for HLO"
     says += " temporaries (1.00T) exceeds available HBM (15.75G)."
-    assert refused(RuntimeError(says)) == {"gib": 1024.0, "says": says}
+    error = RuntimeError(says)
+    error.add_note("update")
+    assert refused(error) == {"program": "update", "gib": 1024.0, "says": says}
     assert refused(RuntimeError("INTERNAL: something else")) is None
 
 

@@ -44,10 +44,10 @@ def test_a_block_of_a_tree_keeps_questions_under_their_guide() -> None:
         return Level(np.arange(np.prod(shape)).reshape(shape), np.zeros(shape[:-1], np.int32))
 
     tree = Tree(level(4, 3), level(4, 2, 3), level(4, 2, 5, 3))
-    block = [*blocks(4, 2, 4)][1].of_tree(tree)
+    block = [*blocks(4, 2, 4, group=5)][1].of_tree(tree)
     np.testing.assert_array_equal(block.guide.tokens, tree.guide.tokens[2:4])
     np.testing.assert_array_equal(block.completion.tokens, tree.completion.tokens[2:4])
-    block = [*blocks(4, 2, 1)][5].of_tree(tree)
+    block = [*blocks(4, 2, 1, group=5, micro_group=5)][5].of_tree(tree)
     np.testing.assert_array_equal(block.guide.tokens, tree.guide.tokens[2:3])
     np.testing.assert_array_equal(block.question.tokens, tree.question.tokens[2:3, 1:2])
 

@@ -15,7 +15,6 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 MESH_AXES = ("data", "fsdp", "tensor")
 
 
-
 @dataclasses.dataclass(frozen=True)
 class Rule:
     """Mesh axes of a logical axis; empty where every device holds all of it.

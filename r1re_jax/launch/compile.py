@@ -25,11 +25,12 @@ from r1re_jax.rollout.decode import decode_chunk, prefill, start_state
 from r1re_jax.rollout.sampling import SamplingSettings
 from r1re_jax.rollout.shapes import widths
 from r1re_jax.rollout.state import Program
-from r1re_jax.train.batch import grpo_blocks
-from r1re_jax.train.grpo import GRPO, GRPOBlock, make_grpo
-from r1re_jax.train.grpo_settings import QuantiseSettings
+from r1re_jax.train.batch import Block, blocks, grpo_blocks
+from r1re_jax.train.grpo import GRPOBlock, make_grpo
+from r1re_jax.train.grpo_settings import GRPOSettings, QuantiseSettings
 from r1re_jax.train.sampler import Sampler
-from r1re_jax.train.settings import Settings
+from r1re_jax.train.settings import Settings, SFTSettings
+from r1re_jax.train.sft import SFTBlock, make_sft
 from r1re_jax.train.start import abstract_model, run_sampler
 from r1re_jax.train.state import (
     Layout,
@@ -39,6 +40,8 @@ from r1re_jax.train.state import (
     model_layout,
     model_state,
 )
+from r1re_jax.train.update import Programs
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class _Run:
@@ -47,107 +50,160 @@ class _Run:
     Attributes:
         settings: of the run.
         layout: the policy.
-        grpo: the reinforcement; None of its arrays exist.
         sampler: draws for evaluation.
         rates: of a device; None where they are not known.
-        state: of training.
+        policy: all of its parameters.
         reference: of the KL term; empty for none.
     """
 
     settings: Settings
     layout: Layout
-    grpo: GRPO
     sampler: Sampler
     rates: Rates | None
-    state: TrainState
+    policy: Params
     reference: Params
-
-    @classmethod
-    def of(cls, settings: Settings, mesh: Mesh, rates: Rates | None) -> "_Run":
-        """Build the run's programs without its arrays."""
-        layout = model_layout(abstract_model(settings), mesh)
-        policy = {**layout.frozen, **layout.shapes}
-        sampler = run_sampler(settings, layout, QuantiseSettings())
-        quantise = settings.grpo.quantise
-        grpo = make_grpo(
-            settings.grpo,
-            limits=settings.training_limits,
-            encoder=None,
-            source=None,
-            seed=settings.seed,
-            first=0,
-            layout=layout,
-            reference=policy,
-            frozen=layout.frozen,
-            sampler=run_sampler(settings, layout, quantise),
-        )
-        return cls(
-            settings=settings,
-            layout=layout,
-            grpo=grpo,
-            sampler=sampler,
-            rates=rates,
-            state=abstract_state(grpo.optimizer, layout),
-            reference=_read_only(policy, layout) if settings.grpo.kl_coefficient else {},
-        )
 
     def inspect(self, ahead: Ahead, *, beside: Any) -> Report:
         """Return what a program needs; `beside` are the shapes of all else that is alive."""
         return inspect(ahead, beside=beside, rates=self.rates)
 
 
-def compile_run(
-    settings: Settings, mesh: Mesh, *, rates: Rates | None = None
-) -> Iterator[Report]:
-    """Compile the programs of GRPO and of its evaluations, one at a time.
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class _Training:
+    """How a phase updates.
+
+    Attributes:
+        settings: of the phase.
+        programs: jitted.
+        state: what they update.
+        block: the largest micro-batch.
+        rounds: micro-batches of a step.
+    """
+
+    settings: GRPOSettings | SFTSettings
+    programs: Programs
+    state: TrainState
+    block: GRPOBlock | SFTBlock
+    rounds: int
+
+
+def compile_run(settings: Settings, mesh: Mesh, *, rates: Rates | None = None) -> Iterator[Report]:
+    """Compile the programs of a run, one at a time.
 
     Yields:
-        `relayout` where a copy of the policy draws, `guide_prefill`, those of `compile_rollout`,
-        `evaluate` and what comes before it, `reference` where there is a KL term, `update` (the
-        gradient of a micro-batch), `add` where there are several, and `apply` (the optimizer).
+        Of GRPO, `relayout` where a copy of the policy draws, `guide_prefill`, those of
+        `compile_rollout`, and `reference` where there is a KL term; `evaluate` and what comes
+        before it; `update` (the gradient of a micro-batch), `add` where there are several, and
+        `apply` (the optimizer). Where there is a warm start before GRPO, its updates are `sft_…`.
     """
-    run = _Run.of(settings, mesh, rates)
-    policy = run.state.params, run.layout.frozen
-    always = policy, run.state.opt_state, run.reference
-    yield from _drawing(run, always)
-    if settings.evaluate.samples:
+    layout = model_layout(abstract_model(settings), mesh)
+    policy = {**layout.frozen, **layout.shapes}
+    compared = settings.grpo.steps and settings.grpo.kl_coefficient
+    run = _Run(
+        settings=settings,
+        layout=layout,
+        sampler=run_sampler(settings, layout, QuantiseSettings()),
+        rates=rates,
+        policy=policy,
+        reference=_read_only(policy, layout) if compared else {},
+    )
+    if settings.grpo.steps:
+        yield from _grpo(run)
+    if settings.sft.steps:
+        yield from _sft(run)
+
+
+def _grpo(run: _Run) -> Iterator[Report]:
+    """Compile the programs of GRPO and of its evaluations."""
+    of, layout = run.settings.grpo, run.layout
+    grpo = make_grpo(
+        of,
+        limits=run.settings.training_limits,
+        encoder=None,
+        source=None,
+        seed=run.settings.seed,
+        first=0,
+        layout=layout,
+        reference=run.policy,
+        frozen=layout.frozen,
+        sampler=run_sampler(run.settings, layout, of.quantise),
+    )
+    state, block = abstract_state(grpo.optimizer, layout), _grpo_block(run.settings)
+    always = run.policy, state.opt_state, run.reference
+    yield from _drawing(run, grpo.drawing.sampler, always)
+    if run.settings.evaluate.samples:
         yield from _evaluation(run, always)
-    block = _block(settings)
     if run.reference:
-        ahead = compile_ahead("reference", run.grpo.score, run.reference, block.tree)
-        yield run.inspect(ahead, beside=(*policy, run.state.opt_state))
-    yield from _update(run, block)
+        ahead = compile_ahead("reference", grpo.score, run.reference, block.tree)
+        yield run.inspect(ahead, beside=(run.policy, state.opt_state))
+    training = _Training(
+        settings=of,
+        programs=grpo.programs,
+        state=state,
+        block=block,
+        rounds=len(list(grpo_blocks(of))),
+    )
+    yield from _updates(run, training)
 
 
-def _update(run: _Run, block: GRPOBlock) -> Iterator[Report]:
-    """Compile the update; the time of all its programs is what the update's MFU rests on."""
-    programs, beside = run.grpo.programs, (run.state.opt_state, run.reference)
-    policy = run.state.params, run.layout.frozen
-    ahead = compile_ahead("update", programs.gradient, run.layout.shapes, run.layout.frozen, block)
-    gradient, rounds = ahead.returns[0], len(list(grpo_blocks(run.settings.grpo)))
-    update = run.inspect(ahead, beside=(beside, gradient) if rounds > 1 else beside)
+def _sft(run: _Run) -> Iterator[Report]:
+    """Compile the programs of the warm start, and of evaluations where there is no GRPO."""
+    of, layout = run.settings.sft, run.layout
+    sft = make_sft(
+        of,
+        limits=run.settings.training_limits,
+        encoder=None,
+        source=None,
+        layout=layout,
+        frozen=layout.frozen,
+    )
+    state, alone = abstract_state(sft.optimizer, layout), not run.settings.grpo.steps
+    if alone and run.settings.evaluate.samples:
+        always = run.policy, state.opt_state
+        if run.sampler.copied:
+            yield run.inspect(_relayout(run.sampler, run.policy), beside=always)
+        yield from _evaluation(run, always)
+    cut = list(blocks(of.trees, of.questions, of.micro_batch))
+    tree = _block_tree(run.settings, of, cut[0], group=1)
+    training = _Training(
+        settings=of,
+        programs=sft.programs,
+        state=state,
+        block=SFTBlock(tree, jax.ShapeDtypeStruct((), jnp.float32)),
+        rounds=len(cut),
+    )
+    for report in _updates(dataclasses.replace(run, reference={}), training):
+        yield report if alone else dataclasses.replace(report, name=f"sft_{report.name}")
+
+
+def _updates(run: _Run, of: _Training) -> Iterator[Report]:
+    """Compile a phase's update; the time of all its programs is what the update's MFU rests on."""
+    programs, state, layout = of.programs, of.state, run.layout
+    ahead = compile_ahead("update", programs.gradient, layout.shapes, layout.frozen, of.block)
+    gradient, beside = ahead.returns[0], (state.opt_state, run.reference)
+    update = run.inspect(ahead, beside=(beside, gradient) if of.rounds > 1 else beside)
     others = []
-    if rounds > 1:
+    if of.rounds > 1:
         ahead = compile_ahead("add", programs.add, gradient, gradient)
-        others.append(run.inspect(ahead, beside=(policy, beside)))
-    ahead = compile_ahead("apply", programs.apply, run.state, gradient)
-    others.append(run.inspect(ahead, beside=(run.reference, run.layout.frozen)))
+        others.append(run.inspect(ahead, beside=(run.policy, beside)))
+    ahead = compile_ahead("apply", programs.apply, state, gradient)
+    others.append(run.inspect(ahead, beside=(run.reference, layout.frozen)))
     if run.rates is not None:
-        often = {"update": rounds, "add": rounds - 1, "apply": 1}
-        seconds = sum(often[of.name] * of.predicted.seconds for of in (update, *others))
-        could = run.layout.mesh.size * run.rates.flops * seconds
-        update = dataclasses.replace(update, mfu=_useful_flops(run) / could)
+        often = {"update": of.rounds, "add": of.rounds - 1, "apply": 1}
+        seconds = sum(often[one.name] * one.predicted.seconds for one in (update, *others))
+        could = layout.mesh.size * run.rates.flops * seconds
+        update = dataclasses.replace(update, mfu=_useful_flops(run, of.settings) / could)
     yield from (update, *others)
 
 
-def _useful_flops(run: _Run) -> int:
+def _useful_flops(run: _Run, of: GRPOSettings | SFTSettings) -> int:
     """Return what an update must compute whose texts are all as long as their limits."""
-    of, limits = run.settings.grpo, run.settings.training_limits
+    limits, group = run.settings.training_limits, of.group if isinstance(of, GRPOSettings) else 1
     full = lambda limit, *rows: np.full(rows, limit, np.int32)  # noqa: E731
     lengths = Lengths(
         full(limits.guide, of.trees),
         full(limits.question, of.trees, of.questions),
-        full(limits.completion, of.trees, of.questions, of.group),
+        full(limits.completion, of.trees, of.questions, group),
     )
     config = abstract_model(run.settings).config
     trained = (shape.size for name, shape in run.layout.shapes.items() if is_adapter(name))
@@ -158,16 +214,18 @@ def _read_only(policy: Params, layout: Layout) -> Params:
     """Return the shapes of a policy that is only read: held as the forward computes."""
     dtype = nnx.merge(layout.graph, model_state(policy)).dtype
     return {
-        name: jax.ShapeDtypeStruct(x.shape, x.dtype if x.dtype == jnp.int8 else dtype, sharding=x.sharding)
+        name: jax.ShapeDtypeStruct(
+            x.shape, x.dtype if x.dtype == jnp.int8 else dtype, sharding=x.sharding
+        )
         for name, x in policy.items()
     }
 
 
-def _drawing(run: _Run, always: Any) -> Iterator[Report]:
+def _drawing(run: _Run, sampler: Sampler, always: Any) -> Iterator[Report]:
     """Compile what draws completions; parameters and moments are alive beside it."""
-    of, limits, sampler = run.settings.grpo, run.settings.training_limits, run.grpo.drawing.sampler
+    of, limits = run.settings.grpo, run.settings.training_limits
     if sampler.copied:
-        yield run.inspect(_relayout(sampler, run.layout), beside=always)
+        yield run.inspect(_relayout(sampler, run.policy), beside=always)
     guide = compile_ahead(
         "guide_prefill", prefill, *_model(sampler), (_level(limits.guide, of.trees),)
     )
@@ -190,9 +248,8 @@ def _drawing(run: _Run, always: Any) -> Iterator[Report]:
         yield run.inspect(ahead, beside=(always, ahead.beside))
 
 
-def _relayout(sampler: Sampler, layout: Layout) -> Ahead:
-    shapes = {**layout.frozen, **layout.shapes}
-    return compile_ahead("relayout", sampler.relayout, {n: shapes[n] for n in sampler.copied})
+def _relayout(sampler: Sampler, policy: Params) -> Ahead:
+    return compile_ahead("relayout", sampler.relayout, {n: policy[n] for n in sampler.copied})
 
 
 def _model(sampler: Sampler) -> tuple[Any, Any]:
@@ -245,33 +302,35 @@ def _evaluation(run: _Run, always: Any) -> Iterator[Report]:
     yield run.inspect(decode, beside=always)
 
 
-def _block(settings: Settings) -> GRPOBlock:
+def _grpo_block(settings: Settings) -> GRPOBlock:
     """Return the shapes of the largest micro-batch."""
-    of, limits = settings.grpo, settings.training_limits
-    first = next(grpo_blocks(of))
-    trees, questions, group = (
-        len(range(*part.indices(whole)))
-        for part, whole in (
-            (first.trees, of.trees),
-            (first.questions, of.questions),
-            (first.group, of.group),
-        )
-    )
-    rows = trees, questions, group
+    of = settings.grpo
+    tree = _block_tree(settings, of, next(grpo_blocks(of)), group=of.group)
+    *rows, limit = tree.completion.tokens.shape
     floats = lambda *shape: jax.ShapeDtypeStruct(shape, jnp.float32)  # noqa: E731
-    tokens = floats(*rows, limits.completion)
+    tokens = floats(*rows, limit)
     return GRPOBlock(
-        tree=Tree(
-            _level(limits.guide, trees),
-            _level(limits.question, trees, questions),
-            _level(limits.completion, *rows),
-        ),
+        tree=tree,
         advantage_NPG=floats(*rows),
         weight_NPGC=tokens,
         sampler_logp_NPGC=tokens,
         ref_logp_NPGC=tokens if of.kl_coefficient else None,
         old_logp_NPGC=tokens if of.inner_iterations > 1 else None,
-        long_NPG=jax.ShapeDtypeStruct(rows, bool),
+        long_NPG=jax.ShapeDtypeStruct(tuple(rows), bool),
+    )
+
+
+def _block_tree(
+    settings: Settings, of: GRPOSettings | SFTSettings, block: Block, *, group: int
+) -> Tree:
+    """Return the shapes of a micro-batch's tree."""
+    limits, whole = settings.training_limits, (of.trees, of.questions, group)
+    cut = zip((block.trees, block.questions, block.group), whole, strict=True)
+    trees, questions, rows = (len(range(*part.indices(size))) for part, size in cut)
+    return Tree(
+        _level(limits.guide, trees),
+        _level(limits.question, trees, questions),
+        _level(limits.completion, trees, questions, rows),
     )
 
 

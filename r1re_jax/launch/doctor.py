@@ -20,6 +20,7 @@ from jax.sharding import Mesh
 from rich.table import Table
 from rich.text import Text
 
+from r1re_jax.launch.holdings import device_limit, held
 from r1re_jax.policy import Limits
 from r1re_jax.task.completions import Taught
 from r1re_jax.task.lessons import Lesson
@@ -155,6 +156,7 @@ def _checks(config: Mapping[str, Any], workdir: str | os.PathLike | None) -> tup
         Check("versions", _versions),
         Check("devices", _devices, ("config",)),
         Check("parameters", _parameters, ("config", "devices")),
+        Check("memory", _memory, ("config", "devices", "parameters")),
         Check("batch", _batch, ("config", "devices")),
         Check("data", _data, ("config",)),
         Check("policy", _policy, ("config", "devices", "parameters")),
@@ -215,6 +217,14 @@ def _adapter(layout: Layout) -> dict[str, str]:
         "bytes": f"{total - own:,} in all, {local - mine:,} on each device ({dtype}), and"
         f" {own:,} and {mine:,} (float32, without the optimizer)",
     }
+
+
+def _memory(settings: Settings, mesh: Mesh, _: Layout) -> Finding:
+    """What the run holds must fit; run.compile knows what its programs need beside it."""
+    found, limit = held(settings, mesh), device_limit()
+    found.check(limit)
+    facts = found.facts()
+    return Finding(found, facts | ({} if limit is None else {"a device has": f"{limit:,} bytes"}))
 
 
 def _batch(settings: Settings, mesh: Mesh) -> Finding:

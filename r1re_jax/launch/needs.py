@@ -97,7 +97,9 @@ class Report:
                 "uncosted": dict(time.uncosted),
             }
         if self.predicted is not None and self.steps:
-            found["predicted_seconds_per_token"] = float(f"{self.predicted.seconds / self.steps:.4g}")
+            found["predicted_seconds_per_token"] = float(
+                f"{self.predicted.seconds / self.steps:.4g}"
+            )
             found["predicted_bandwidth_use"] = round(self.bandwidth_use, 3)
         return found
 

@@ -396,9 +396,12 @@ def _group_size(text: str) -> int:
 
 
 def _sizes(result: str, *, on_chip: bool = True) -> list[float]:
-    """Return the bytes of each array of a result; those in the chip's own memory too, or not."""
+    """Return the bytes of each array of a result; those in the chip's own memory too, or not.
+
+    Scalars are in registers.
+    """
     return [
         _BYTES.get(dtype, 0) * math.prod(int(size) for size in shape.split(",") if size)
         for dtype, shape, layout in _ARRAY.findall(result)
-        if on_chip or not _ON_CHIP.search(layout)
+        if on_chip or not (_ON_CHIP.search(layout) or shape == "")
     ]

@@ -31,8 +31,8 @@ class Chip:
 
 
 # Google Cloud documentation, "HBM capacity per chip" at cloud.google.com/tpu/docs/{v4,v5e,v5p,v6e};
-# "Interchip Interconnect BW per chip" there, in bytes; usable: what libtpu 0.0.42.1 says is available
-# where a program is refused.
+# "Interchip Interconnect BW per chip" there, in bytes; usable: what libtpu 0.0.42.1 says
+# is available where a program is refused.
 CHIPS = {
     "v4": Chip(32, 15.25, 1.05e9, 300e9, ("v4:2x2x1", "v4:2x2x2", "v4:2x2x4", "v4:4x4x4")),
     "v5e": Chip(16, 15.75, 1.5e9, 200e9, ("v5e:2x2", "v5e:2x4", "v5e:4x4", "v5e:4x8", "v5e:8x8")),

@@ -104,9 +104,7 @@ class Kernels:
         fits = shape[-1] % chip.LANES == 0 or self.interpret
         return plain and fits
 
-    def forward(
-        self, query_KBTgA: jax.Array, part: Part
-    ) -> tuple[jax.Array, jax.Array, jax.Array]:
+    def forward(self, query_KBTgA: jax.Array, part: Part) -> tuple[jax.Array, jax.Array, jax.Array]:
         """Return what `_partial` does; the sum of weights is 1, and m their logarithm."""
         of, flat, length = self._flat(query_KBTgA, part)
         out, lse = chip.forward(flat(query_KBTgA), *_rows(part), length, of)
@@ -144,7 +142,7 @@ class Kernels:
         return of, lambda x: x.reshape(heads, rows, -1, x.shape[-1]), length
 
     def suit(self, shape: Sequence[int], parts: Sequence[Part]) -> bool:
-        """Whether the mesh shares out queries [K, *B, T, g, A] evenly, and a kernel takes a part."""
+        """Whether queries [K, *B, T, g, A] share out evenly, and a kernel takes a part."""
         local, axis = list(shape), self._questions(shape, parts)
         tensor, ways = self.mesh.shape["tensor"], sharding.question_ways(self.mesh)
         if local[0] % tensor or (axis is not None and local[1 + axis] % ways):
@@ -190,9 +188,7 @@ class Kernels:
         return guides if guides < len(shape) - 4 else None
 
 
-def attend(
-    query: jax.Array, parts: Sequence[Part], *, kernels: Kernels | None = None
-) -> jax.Array:
+def attend(query: jax.Array, parts: Sequence[Part], *, kernels: Kernels | None = None) -> jax.Array:
     """Scaled dot-product attention of each query over the union of the parts' keys.
 
     Args:
@@ -217,9 +213,7 @@ def attend(
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
-def _attend(
-    query_KBTgA: jax.Array, parts: tuple[Part, ...], kernels: Kernels | None
-) -> jax.Array:
+def _attend(query_KBTgA: jax.Array, parts: tuple[Part, ...], kernels: Kernels | None) -> jax.Array:
     """Attention of scaled queries; the group g are the heads that share a key-value head."""
     return _forward(query_KBTgA, parts, kernels)[0]
 

@@ -183,7 +183,11 @@ def _call(
         def where(row: Any, outer: Any, inner: Any, length: Any) -> tuple[Any, ...]:
             query, key = places(row, outer, inner, length)
             head, row = row // of.rows, row % of.rows
-            return head, row, *{"q": (query, 0), "k": (0, key), "v": (key, 0), "r": (0, query)}[kind]
+            return (
+                head,
+                row,
+                *{"q": (query, 0), "k": (0, key), "v": (key, 0), "r": (0, query)}[kind],
+            )
 
         block = {"q": (queries, of.size), "k": (of.size, keys), "v": (keys, of.size)}
         return pl.BlockSpec((None, None, *{**block, "r": (1, queries)}[kind]), where)

@@ -104,6 +104,8 @@ class Drawing:
             level = Level(question.tokens[:, part], question.length[:, part])
             keys = row_keys(self.seed, Purpose.TRAIN, number, ids[:, part], range(settings.group))
             rollout = self._rollout(params, caches, level, keys, tick)
+            if part.stop >= settings.questions_drawn:
+                del params, caches  # the device needs their memory for what comes next
             clock.lap("rollout")
             meanwhile(Tree(guide, level, Level(rollout.tokens, rollout.length)), rollout)
             below = [Lesson(lesson.guide, lesson.examples[part]) for lesson in lessons]

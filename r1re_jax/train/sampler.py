@@ -43,7 +43,7 @@ class Sampler:
         return {**shared, **self.relayout({name: of_policy[name] for name in self.copied})}
 
     def correction(self, kind: CorrectionKind, *, trained: Layout) -> CorrectionKind:
-        """Return how what it draws is corrected; by default it is if it computes in other numbers."""
+        """Return how draws are corrected; by default they are if made in other numbers."""
         return chosen(kind, sampler_differs=_numbers(self.layout) != _numbers(trained))
 
 

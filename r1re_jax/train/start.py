@@ -105,9 +105,7 @@ def abstract_model(settings: Settings) -> Qwen:
     """
     of = settings.model
     config = preset(of.preset) if of.preset else policy_config(of.path)
-    model = abstract_qwen(
-        config, dtype=of.dtype.value, remat=of.remat, attention=of.attention
-    )
+    model = abstract_qwen(config, dtype=of.dtype.value, remat=of.remat, attention=of.attention)
     return adapt(model, settings.lora) if settings.lora.rank else model
 
 

@@ -53,6 +53,27 @@ LAYOUT = {
 }
 
 
+# The copy that completions are drawn with: nothing is gathered for a token but rows. Matrices lie
+# along heads, or along MLP and vocabulary over all devices of a slice.
+DRAWING = {
+    "embed": P(("tensor", "fsdp"), None),
+    "head": P(None, ("tensor", "fsdp")),
+    "norm.weight": P(None),
+    "layers.attention_norm.weight": P(None, None),
+    "layers.mlp_norm.weight": P(None, None),
+    "layers.query.weight": P(None, None, "tensor"),
+    "layers.query.bias": P(None, "tensor"),
+    "layers.key.weight": P(None, None, "tensor"),
+    "layers.key.bias": P(None, "tensor"),
+    "layers.value.weight": P(None, None, "tensor"),
+    "layers.value.bias": P(None, "tensor"),
+    "layers.output.weight": P(None, "tensor", None),
+    "layers.gate.weight": P(None, None, ("tensor", "fsdp")),
+    "layers.up.weight": P(None, None, ("tensor", "fsdp")),
+    "layers.down.weight": P(None, ("tensor", "fsdp"), None),
+}
+
+
 def by_name(state: nnx.State) -> dict:
     """Return the leaves of a state by dotted name."""
     return {".".join(map(str, path)): leaf.get_value() for path, leaf in nnx.to_flat_state(state)}
@@ -92,6 +113,31 @@ def test_layout_of_every_parameter() -> None:
     assert layout.keys() == LAYOUT.keys()
     for name, found in layout.items():
         assert found == NamedSharding(mesh, LAYOUT[name]), name
+
+
+def test_layout_of_the_copy_that_draws() -> None:
+    mesh = sharding.make_mesh(data=2, fsdp=2, tensor=2)
+    layout = by_name(sharding.drawing_shardings(nnx.state(abstract_qwen(CONFIG)), mesh))
+    assert layout.keys() == DRAWING.keys()
+    for name, found in layout.items():
+        assert found.is_equivalent_to(NamedSharding(mesh, DRAWING[name]), len(found.spec)), name
+
+
+def test_what_cannot_be_shared_by_all_is_shared_by_some() -> None:
+    mesh = sharding.make_mesh(fsdp=4, tensor=2)
+    spec = sharding.drawing_spec(("embed", "mlp"), (16, 12), mesh)
+    assert spec == P(None, "tensor"), "12 columns, 8 devices"
+    assert sharding.drawing_spec(("embed", "mlp"), (16, 9), mesh) == P(None, None)
+
+
+def test_a_mesh_for_drawing_shares_the_same_devices_out_anew() -> None:
+    mesh = sharding.make_mesh(data=2, fsdp=4)
+    assert sharding.drawing_mesh(mesh) is mesh
+    drawing = sharding.drawing_mesh(mesh, tensor=2)
+    assert dict(drawing.shape) == dict(data=2, fsdp=2, tensor=2)
+    assert drawing.devices.flatten().tolist() == mesh.devices.flatten().tolist()
+    with pytest.raises(ValueError, match=r"drawing_tensor is 3; it must divide the 4 devices"):
+        sharding.drawing_mesh(mesh, tensor=3)
 
 
 def test_uneven_splits_are_all_named() -> None:

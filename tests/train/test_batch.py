@@ -23,7 +23,9 @@ from tests.train.world import LIMITS, mesh_of
 
 
 @hypothesis.given(st.integers(1, 5), st.integers(1, 6), st.data())
-def test_blocks_cover_every_completion_once(trees: int, questions: int, data: st.DataObject) -> None:
+def test_blocks_cover_every_completion_once(
+    trees: int, questions: int, data: st.DataObject
+) -> None:
     sizes = [m for m in range(questions) if m == 0 or questions % m == 0]
     sizes += [k * questions for k in range(1, trees + 1) if trees % k == 0]
     micro_batch = data.draw(st.sampled_from(sizes))

@@ -1,0 +1,28 @@
+"""R1-RE on MDKG, mental-health abstracts with nine relations: as semeval_7b.py, with other data.
+
+The paper trains on it and tests on SemEval-2010, and the other way round (arXiv 2507.04642): the
+guide of the other set has never been seen.
+
+command:   R1RE_DATA=FOLDER python -m run.train --config=configs/mdkg_7b.py[:SLICE] --workdir=W
+check:     python -m run.compile --config=configs/mdkg_7b.py:SLICE --topology=TOPOLOGY
+data:      FOLDER/mdkg/{train.jsonl,test.jsonl,guideline.md}, and semeval2010 as in semeval_7b.py
+hardware:  as semeval_7b.py
+memory:    as semeval_7b.py: the programs are the same
+"""
+
+from ml_collections import ConfigDict
+
+from configs import semeval_7b
+
+
+def get_config(arg: str = "v5e-16") -> ConfigDict:
+    """Return the recipe for a slice of semeval_7b.py."""
+    config, guide = semeval_7b.get_config(arg), "mdkg/guideline.md"
+    ood = config.data.eval.test
+    config.data = ConfigDict(
+        dict(
+            train=dict(kind="jsonl", path="mdkg/train.jsonl", guide=guide),
+            eval=dict(test=dict(kind="jsonl", path="mdkg/test.jsonl", guide=guide), ood=ood),
+        )
+    )
+    return config

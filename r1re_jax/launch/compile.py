@@ -16,7 +16,7 @@ from jax.sharding import Mesh
 
 from r1re_jax.annotate import Draw
 from r1re_jax.launch.needs import Report, inspect
-from r1re_jax.launch.program import Rates
+from r1re_jax.launch.prediction import Rates
 from r1re_jax.model.flops import Lengths, tree_load, update_flops
 from r1re_jax.model.lora import is_adapter
 from r1re_jax.model.tree import Level, Tree

@@ -8,7 +8,8 @@ from typing import Any
 
 import jax
 
-from r1re_jax.launch.program import Prediction, Rates, Text
+from r1re_jax.launch.prediction import Prediction, Rates
+from r1re_jax.launch.program import Text
 from r1re_jax.launch.topology import GIB, Slice
 from r1re_jax.rollout.ahead import Ahead
 

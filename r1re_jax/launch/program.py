@@ -17,6 +17,8 @@ import re
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 
+from r1re_jax.launch.prediction import Prediction, Rates
+
 COLLECTIVES = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute")
 # Share of its roofline that a Pallas kernel is expected to reach.
 KERNEL_SHARE = 0.6
@@ -52,23 +54,6 @@ _GROUP_MESH = re.compile(r"replica_groups=mesh\[([^\]]*)\][^{]*\{([^}]*)\}")
 _ARRAY = re.compile(r"\b([a-z]+\d*\w*)\[([\d,]*)\](\{[^}]*\})?")
 # Memory space 1 is on the chip; 6 and others are registers.
 _ON_CHIP = re.compile(r"S\(\d+\)")
-
-
-@dataclasses.dataclass(frozen=True)
-class Rates:
-    """What a device does in a second.
-
-    Attributes:
-        clock: cycles.
-        flops: of matrix products.
-        bandwidth: bytes of its memory.
-        links: bytes that arrive over its links, all together.
-    """
-
-    clock: float
-    flops: float
-    bandwidth: float
-    links: float
 
 
 @dataclasses.dataclass(frozen=True)
@@ -246,46 +231,6 @@ class Text:
         for name in list(timeline.pending):
             timeline.wait(name)
         return timeline.result
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Prediction:
-    """How long a program should take, in seconds.
-
-    Attributes:
-        compute: of operations on the chip, kernels included.
-        kernels: of Pallas kernels among it.
-        waiting: for collectives and copies that nothing hides.
-        uncosted: operations by kind that the compiler gives no cost for.
-    """
-
-    compute: float = 0.0
-    kernels: float = 0.0
-    waiting: float = 0.0
-    uncosted: Counter[str] = dataclasses.field(default_factory=Counter)
-
-    @property
-    def seconds(self) -> float:
-        """In all."""
-        return self.compute + self.waiting
-
-    def __add__(self, other: "Prediction") -> "Prediction":
-        """One after the other."""
-        return Prediction(
-            compute=self.compute + other.compute,
-            kernels=self.kernels + other.kernels,
-            waiting=self.waiting + other.waiting,
-            uncosted=self.uncosted + other.uncosted,
-        )
-
-    def times(self, count: float) -> "Prediction":
-        """So many in a row; what is uncosted is listed once."""
-        return Prediction(
-            compute=self.compute * count,
-            kernels=self.kernels * count,
-            waiting=self.waiting * count,
-            uncosted=self.uncosted,
-        )
 
 
 class _Timeline:

@@ -5,7 +5,7 @@ import os
 from collections.abc import Sequence
 from typing import Any
 
-from r1re_jax.launch.program import Rates
+from r1re_jax.launch.prediction import Rates
 from r1re_jax.model.peaks import peak_of
 
 GIB = 2**30

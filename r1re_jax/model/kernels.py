@@ -157,14 +157,9 @@ def _call(
 ) -> Callable:
     """Return the call of a kernel over heads and rows, blocks of queries and blocks of keys.
 
-    Args:
-        kernel: of a step.
-        of: sizes.
-        inputs: kinds of its arrays: queries, keys, values, or a row of numbers, one for each query.
-        outputs: kind and type of each result.
-        scratch: shapes of fp32 sums.
-        products: of scores' size, for the cost that the compiler is told.
-        queries_last: sums over queries and not over keys.
+    Arrays are queries, keys, values, or a row of numbers, one for each query, by their first
+    letters. `products` of the scores' size are what the compiler is told that it costs;
+    `queries_last` sums over queries and not over keys.
     """
     keys, queries = of.block
     key_blocks, query_blocks = of.blocks

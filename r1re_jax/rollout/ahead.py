@@ -19,7 +19,7 @@ from r1re_jax.rollout import decode
 from r1re_jax.rollout.rollout import Sizes
 from r1re_jax.rollout.sampling import SamplingSettings
 from r1re_jax.rollout.shapes import RECENT
-from r1re_jax.rollout.state import Program, grown, kept_caches, kept_rows
+from r1re_jax.rollout.state import DecodeState, Program, grown, kept_caches, kept_rows
 
 # What rows have written, as `DecodeState` names it.
 OWN = ("past", "recent")
@@ -139,7 +139,28 @@ def compile_rollout(
         "start", decode.start_state, *model, hidden, caches, keys, width=narrowest, **options
     )
     yield found
-    whole, (*trees, questions, group) = found.returns, keys.shape
+    yield from _of_every_shape(model, found.returns, caches, sizes, of=keys.shape)
+
+
+def _of_every_shape(
+    model: tuple[nnx.GraphDef, nnx.State],
+    whole: DecodeState,
+    caches: Sequence[Cache],
+    sizes: Sizes,
+    *,
+    of: Sequence[int],
+) -> Iterator[Ahead]:
+    """Compile what draws, for every shape of the batch, and what comes from one to the next.
+
+    Args:
+        model: graph and parameters.
+        whole: the state that a rollout begins with.
+        caches: above the completions.
+        sizes: that the batch can have.
+        of: [*, P, G], completions.
+    """
+    params, narrowest, options = model[1], sizes.widths[0], {"program": sizes.program}
+    *trees, questions, group = of
     of = {"of": (questions, group), **options}
     for rows in sizes.rows:
         slots = jax.ShapeDtypeStruct((*trees, rows), "int32")
@@ -179,7 +200,7 @@ def compile_rollout(
                 *model,
                 state,
                 above,
-                rounds=decode_rounds(chunk),
+                rounds=decode_rounds(sizes.program.chunk),
                 **options,
             )
 

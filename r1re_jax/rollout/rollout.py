@@ -126,26 +126,30 @@ def generate(
     )
     width = sizes.widths[0]
     state = decode.start_state(graph, params, hidden, caches, keys, width=width, program=program)
-    step, done = 1, np.asarray(state.done)
+    step, done = 1, sharding.on_host(state.done)
     while True:
         if step < limit and not done.all():
-            state, caches = sizes.fitted(state, caches, done=done, step=int(step))
+            state, caches = sizes.fitted(state, caches, done=done, step=step)
             state, told = decode.decode_chunk(graph, params, state, caches, program=program)
-            step, done = (np.asarray(x) for x in told)
-        left = int(np.sum(~done))
+            step, done = int(told[0]), sharding.on_host(told[1])
         if on_chunk is not None:
-            progress = Progress(
-                tokens=int(step),
-                limit=limit,
-                rows_done=keys.size - left,
-                rows=keys.size,
-                batch=done.size,
-                width=state.past.value[0].shape[-2],
-            )
-            on_chunk(progress)
-        if step == limit or not left:
+            on_chunk(_progress(state, step=step, done=done, limit=limit, rows=keys.size))
+        if step == limit or done.all():
             break
     return _rollout(state.drawn, keys.shape)
+
+
+def _progress(
+    state: DecodeState, *, step: int, done: np.ndarray, limit: int, rows: int
+) -> Progress:
+    return Progress(
+        tokens=step,
+        limit=limit,
+        rows_done=rows - int(np.sum(~done)),
+        rows=rows,
+        batch=done.size,
+        width=state.past.value[0].shape[-2],
+    )
 
 
 def _check(

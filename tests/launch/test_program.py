@@ -2,7 +2,8 @@
 
 import pytest
 
-from r1re_jax.launch.program import Prediction, Rates, Text
+from r1re_jax.launch.prediction import Prediction, Rates
+from r1re_jax.launch.program import Text
 
 # A cycle is a second here, and so is a byte of memory, of the links, or an operation.
 RATES = Rates(clock=1.0, flops=1.0, bandwidth=1.0, links=1.0)

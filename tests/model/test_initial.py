@@ -8,9 +8,10 @@ import numpy as np
 import pytest
 from flax import nnx
 
+from r1re_jax.model.block import rotary, rotation
 from r1re_jax.model.config import ModelConfig, preset
 from r1re_jax.model.initial import wire_reading
-from r1re_jax.model.qwen import Qwen, abstract_qwen, rotary, rotation
+from r1re_jax.model.qwen import Qwen, abstract_qwen
 
 CONFIG = preset("nano", vocab=512, layers=3)
 PERIOD, ANCHOR = 60, 0

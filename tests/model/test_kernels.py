@@ -108,7 +108,9 @@ def test_what_a_kernel_does_not_take_is_left_to_xla() -> None:
     part = Part(*case.arrays[0], case.lengths[0])
     assert cpu.takes(shape, part)
     assert not tpu_sized.takes(shape, part), "16 is no multiple of a chip's 128 lanes"
-    key, value = (Int8.of(x, axis=a, dtype="float32") for x, a in zip(case.arrays[0], (-2, -1)))
+    key, value = (
+        Int8.of(x, axis=a, dtype="float32") for x, a in zip(case.arrays[0], (-2, -1), strict=True)
+    )
     assert not cpu.takes(shape, Part(key, value, case.lengths[0]))
     if jax.device_count() >= 8:
         uneven = Kernels(mesh_of(1, 8, 1), interpret=True)

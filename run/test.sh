@@ -2,7 +2,7 @@
 # Sets up where needed, then checks style and imports and runs the tests on the CPU.
 #
 #   bash run/test.sh                  everything but the slow tier; coverage must reach its floor
-#   bash run/test.sh --all            the slow tier too
+#   bash run/test.sh --all            the slow tier too, with libtpu in .cache for the TPU compiler
 #   bash run/test.sh tests/task -x    arguments go to pytest; part of the tests has no floor
 set -uo pipefail
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
@@ -10,11 +10,23 @@ bash "$root/run/setup.sh" || exit 1
 cd "$root" || exit 1
 bin=$root/.venv/bin
 
+# Beside the environment and not in it: where libtpu is found jax looks for a TPU at every start.
+install_libtpu() {
+  local pin
+  pin=$(sed -n 's/^ *\(libtpu==[0-9.]*\)$/\1/p' setup.cfg)
+  [ "$(cat .cache/tpu/pin 2>/dev/null)" = "$pin" ] && return
+  printf '[test] installing %s\n' "$pin"
+  rm -rf .cache/tpu
+  "$bin/python" -m pip install --quiet --disable-pip-version-check --no-input --no-deps \
+    --target .cache/tpu "$pin" && printf '%s\n' "$pin" >.cache/tpu/pin
+}
+
 options=(--cov=r1re_jax --cov-report=term)
 arguments=()
 for argument in "$@"; do
   if [ "$argument" = --all ]; then
     options+=(-m "slow or not slow")
+    install_libtpu || exit 1
   else
     arguments+=("$argument")
   fi

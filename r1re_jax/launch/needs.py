@@ -83,7 +83,11 @@ class Report:
             "temporaries_gib": gib(self.memory.temporaries),
             "flops": self.flops,
             "collectives": {
-                kind: {"count": of["count"], "gib": gib(of["bytes"])}
+                kind: {
+                    "count": of["count"],
+                    "gib": gib(of["bytes"]),
+                    "largest_bytes": int(of["largest"]),
+                }
                 for kind, of in self.collectives.items()
             },
             "predicted_seconds": None,

@@ -113,19 +113,24 @@ class Text:
         return cls(found, entry)
 
     def collectives(self, *, rounds: Sequence[int] = ()) -> dict[str, dict[str, float]]:
-        """Return how often each kind runs, and the bytes of its results on a device.
+        """Return how often each kind runs, the bytes of all its results on a device, the largest's.
 
         Args:
             rounds: of loops whose rounds the compiler does not know, the outermost first.
         """
         count: Counter[str] = Counter()
         size: Counter[str] = Counter()
+        largest: Counter[str] = Counter()
         for body, times in self.bodies(self.entry, 1, rounds):
             for found in self._of_body(body).values():
                 count[found.kind] += times
                 size[found.kind] += times * found.result
+                largest[found.kind] = max(largest[found.kind], found.result)
         kinds = (kind for kind in COLLECTIVES if count[kind])
-        return {kind: {"count": count[kind], "bytes": size[kind]} for kind in kinds}
+        return {
+            kind: {"count": count[kind], "bytes": size[kind], "largest": largest[kind]}
+            for kind in kinds
+        }
 
     def predicted(self, rates: Rates, *, rounds: Sequence[int] = ()) -> "Prediction":
         """Return how long the program should take on a device."""

@@ -51,8 +51,8 @@ def test_collectives_are_counted_as_often_as_they_run() -> None:
     shape = jax.ShapeDtypeStruct((8, 16), jnp.float32, sharding=split)
     text = jax.jit(program).lower(shape).compile().as_text()
     found = Text.of(text).collectives()
-    assert found["all-reduce"] == {"count": 5, "bytes": 5 * 4}
-    assert found["all-gather"] == {"count": 1, "bytes": 8 * 16 * 4}
+    assert found["all-reduce"] == {"count": 5, "bytes": 5 * 4, "largest": 4}
+    assert found["all-gather"] == {"count": 1, "bytes": 8 * 16 * 4, "largest": 8 * 16 * 4}
     # The same where the compiler does not know how often a loop runs.
     unknown = text.replace("known_trip_count", "unknown")
     unknown = unknown.replace("direction=LT", "direction=LE")
@@ -94,7 +94,7 @@ def test_a_run_is_its_programs(tmp_path: pathlib.Path) -> None:
 
 def _report(peak: float, beside: float = 0.0) -> Report:
     memory = Memory(int(peak * GIB), 0, 0)
-    more = {"flops": 10**12, "collectives": {"all-gather": {"count": 2, "bytes": GIB}}}
+    more = {"flops": 10**12, "collectives": {"all-gather": {"count": 2, "bytes": GIB, "largest": 64}}}
     return Report(name="update", memory=memory, resident=int(beside * GIB), **more)
 
 
@@ -103,7 +103,9 @@ def test_what_is_alive_beside_a_program_counts() -> None:
     fits = summary([_report(4), _report(10, 5)], where, devices=4)
     assert (fits["fits"], fits["peak_gib_per_chip"], fits["chips"]) == (True, 15, 4)
     assert fits["programs"][1]["resident_gib"] == 5
-    assert fits["programs"][0]["collectives"] == {"all-gather": {"count": 2, "gib": 1}}
+    assert fits["programs"][0]["collectives"] == {
+        "all-gather": {"count": 2, "gib": 1, "largest_bytes": 64}
+    }
     assert summary([_report(10, 6)], where, devices=4)["fits"] is False
     assert summary([_report(10)], None, devices=1)["fits"] is None
     assert "all-gather 2" in shown(_report(4))

@@ -77,7 +77,7 @@ def test_a_collective_takes_what_arrives_over_the_links() -> None:
     program = text(GATHER)
     # Of 32 bytes on four devices, a quarter was there before.
     assert program.predicted(RATES) == Prediction(waiting=24.0)
-    assert program.collectives() == {"all-gather": {"count": 1, "bytes": 32}}
+    assert program.collectives() == {"all-gather": {"count": 1, "bytes": 32, "largest": 32}}
     reduced = text(GATHER.replace("all-gather", "all-reduce"))
     assert reduced.predicted(RATES).waiting == 2 * 24
     mesh = GATHER.replace("{{0,1,2,3}}", "mesh['axis_0'=2,'axis_1'=8] {'axis_0'}")

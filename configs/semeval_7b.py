@@ -70,7 +70,7 @@ def get_config(arg: str = "v5e-16") -> ConfigDict:
                 remat="layer",
             ),
             mesh=of.mesh,
-            limits=dict(guide=1088, question=256, completion=3072),
+            limits=dict(guide=1216, question=256, completion=3072),
             data=dict(
                 train=dict(kind="jsonl", path="semeval2010/train.jsonl", guide=guide),
                 eval=dict(test=dict(official, path="semeval2010/test.jsonl")),

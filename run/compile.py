@@ -14,7 +14,7 @@ import sys
 import jax
 from absl import app, flags, logging
 
-from r1re_jax.launch.compile import compile_run
+from r1re_jax.launch.compile import compile_run, predicted_step
 from r1re_jax.launch.needs import refused, shown, summary
 from r1re_jax.launch.topology import tpu_slice
 from r1re_jax.train.config import read_settings
@@ -51,6 +51,9 @@ def main(argv: list[str]) -> None:
         if problem is None:
             raise
     result = summary(reports, where, devices=mesh.size, refused=problem)
+    step = predicted_step(settings, reports)
+    if step is not None:
+        result["predicted_step"] = step
     if JSON.value:
         write_json(pathlib.Path(JSON.value), result)
     print(json.dumps({name: value for name, value in result.items() if name != "programs"}))

@@ -5,7 +5,8 @@ stop tokens: the programs need what those of the run need, but are not the same.
 """
 
 import dataclasses
-from collections.abc import Iterator
+import math
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import jax
@@ -194,6 +195,41 @@ def _updates(run: _Run, of: _Training) -> Iterator[Report]:
         could = layout.mesh.size * run.rates.flops * seconds
         update = dataclasses.replace(update, mfu=_useful_flops(run, of.settings) / could)
     yield from (update, *others)
+
+
+def predicted_step(settings: Settings, reports: Sequence[Report]) -> dict[str, float] | None:
+    """Return the predicted seconds of a GRPO step, by its parts, if no completion ends early.
+
+    Between programs nothing is counted, nor is what the host does; None without predictions.
+    """
+    of, seconds = settings.grpo, {}
+    for report in reports:
+        if report.predicted is None:
+            return None
+        seconds[report.name] = report.predicted.seconds
+    if not of.steps or "apply" not in seconds:
+        return None
+    limit, rows = settings.training_limits.completion, of.trees * of.questions * of.group
+    sizes, drawn, rollout = widths(limit, smallest=of.smallest_cache), 1, 0.0
+    for width in sizes:
+        # The cache lacks a row's last token, which is never looked at.
+        until = min(width + 1, limit)
+        chunks = math.ceil((until - drawn) / of.chunk)
+        rollout += chunks * seconds[f"decode_{rows}x{width}"]
+        drawn = min(drawn + chunks * of.chunk, limit)
+    rollout += sum(seconds.get(n, 0.0) for n in ("guide_prefill", "question_prefill", "start"))
+    rounds = len(list(grpo_blocks(of)))
+    parts = {
+        "relayout": seconds.get("relayout", 0.0),
+        "rollout": rollout,
+        "reference": rounds * seconds.get("reference", 0.0),
+        "update": rounds * seconds["update"]
+        + (rounds - 1) * seconds.get("add", 0.0)
+        + seconds["apply"],
+    }
+    parts["step"] = sum(parts.values())
+    parts["tokens_per_second"] = rows * limit / parts["step"]
+    return {name: float(f"{value:.4g}") for name, value in parts.items()}
 
 
 def _useful_flops(run: _Run, of: GRPOSettings | SFTSettings) -> int:

@@ -94,7 +94,10 @@ def test_a_run_is_its_programs(tmp_path: pathlib.Path) -> None:
 
 def _report(peak: float, beside: float = 0.0) -> Report:
     memory = Memory(int(peak * GIB), 0, 0)
-    more = {"flops": 10**12, "collectives": {"all-gather": {"count": 2, "bytes": GIB, "largest": 64}}}
+    more = {
+        "flops": 10**12,
+        "collectives": {"all-gather": {"count": 2, "bytes": GIB, "largest": 64}},
+    }
     return Report(name="update", memory=memory, resident=int(beside * GIB), **more)
 
 

@@ -34,7 +34,7 @@ from r1re_jax.train.grpo import GRPO, GRPOBlock
 from r1re_jax.train.reference import copied
 from r1re_jax.train.settings import Phase, Settings
 from r1re_jax.train.sft import SFTBlock
-from r1re_jax.train.start import abstract_model, load_start, run_mesh
+from r1re_jax.train.start import abstract_model, load_start, run_mesh, run_sampler
 from r1re_jax.train.state import (
     Layout,
     TrainState,
@@ -158,9 +158,9 @@ def grpo_steps(settings: Settings) -> Any:
         except SamplerDriftError as error:
             heard.append(str(error))
     for asked in seen.drawn:
-        heard.append(
-            repr([asked[name] for name in ("settings", "limit", "chunk", "compaction", "stop_ids")])
-        )
+        names = "settings", "limit", "chunk", "compaction", "stop_ids"
+        names += "smallest_batch", "smallest_cache"
+        heard.append(repr([asked[name] for name in names]))
         heard.append(digest(jax.random.key_data(asked["keys"])))
     return heard, [digest(block) for block in seen.blocks]
 
@@ -187,7 +187,12 @@ def block_of(settings: Settings, *, scored: bool) -> GRPOBlock:
     seen = canned.Seen()
     with canned.canned(seen):
         whole = dataclasses.replace(
-            settings.grpo, micro_batch=0, inner_iterations=1, refill=0, kl_coefficient=0.0
+            settings.grpo,
+            micro_batch=0,
+            micro_group=0,
+            inner_iterations=1,
+            refill=0,
+            kl_coefficient=0.0,
         )
         whole = dataclasses.replace(whole, reference=type(whole.reference)())
         phase, state = canned.phase_of(whole, seen, limits=settings.training_limits)
@@ -269,6 +274,13 @@ def sampler_program(settings: Settings) -> Any:
 def meshed_program(settings: Settings) -> Any:
     """The same on the config's own mesh."""
     return grpo_program(settings, run_mesh(settings))
+
+
+def copy(settings: Settings) -> Any:
+    """Where the copy lies that completions are drawn with."""
+    layout = model_layout(abstract_model(settings), run_mesh(settings))
+    found = run_sampler(settings, layout, settings.grpo.quantise).layout
+    return {name: str(shape.sharding) for name, shape in found.shapes.items()}
 
 
 def updates(settings: Settings) -> Any:

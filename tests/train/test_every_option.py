@@ -65,6 +65,7 @@ SHORT = {"guide": 400, "question": 48, "completion": 30}
 OPTIMIZER = {
     **{"learning_rate": 0.5, "warmup": 3, "schedule": "cosine", "clip_norm": 0.5, "eps": 1e-3},
     **{"weight_decay": 0.5, "b1": 0.5, "b2": 0.5, "vector_scale": 2.0},
+    "first_moment": "bfloat16",
 }
 EXTRACTS = {"task": "triplets", "data__train": WORLD, "data__extra__more": WORLD}
 EXTRACTS |= {
@@ -79,6 +80,7 @@ CASES = {
     "model.preset": _one(options.around, "model.preset", "wider", **PRESET),
     "model.dtype": _one(options.grpo_program, "model.dtype", "bfloat16"),
     "model.remat": _one(options.grpo_program, "model.remat", "layer"),
+    "model.attention": _one(options.grpo_program, "model.attention", "kernels"),
     "model.parity_tokens": _one(options.around, "model.parity_tokens", 3),
     "tokenizer": _one(options.around, "tokenizer", "again", **PRESET, **WIDE),
     "mesh.data": _one(options.meshed_program, "mesh", {"data": 2}, **MESHED),
@@ -90,6 +92,7 @@ CASES = {
         mesh={"data": -1, "fsdp": 1},
     ),
     "mesh.tensor": _one(options.meshed_program, "mesh", {"tensor": 2}, **MESHED),
+    "mesh.drawing_tensor": _one(options.copy, "mesh", {"drawing_tensor": 2}, **MESHED),
     "limits.guide": _one(options.grpo_steps, "limits.guide", 410),
     "limits.question": _one(options.grpo_steps, "limits.question", 49),
     "limits.completion": _one(options.grpo_steps, "limits.completion", 40),
@@ -159,6 +162,7 @@ CASES = {
     "grpo.group": _one(options.grpo_steps, "grpo.group", 3),
     "grpo.refill": _one(options.grpo_steps, "grpo.refill", 1, grpo__questions=4),
     "grpo.micro_batch": _one(options.grpo_steps, "grpo.micro_batch", 1),
+    "grpo.micro_group": _one(options.grpo_steps, "grpo.micro_group", 1),
     "grpo.inner_iterations": _one(options.grpo_steps, "grpo.inner_iterations", 2),
     "grpo.temperature": _one(options.grpo_steps, "grpo.temperature", 0.5),
     "grpo.top_k": _one(None, "grpo.top_k", 5),
@@ -190,6 +194,8 @@ CASES = {
     "grpo.quantise.cache": _one(options.sampler_program, "grpo.quantise", {"cache": "int8"}),
     "grpo.chunk": _one(options.grpo_steps, "grpo.chunk", 5),
     "grpo.compaction": _one(options.grpo_steps, "grpo.compaction", 1),
+    "grpo.smallest_batch": _one(options.grpo_steps, "grpo.smallest_batch", 2),
+    "grpo.smallest_cache": _one(options.grpo_steps, "grpo.smallest_cache", 16),
     "grpo.score_chunk": _one(options.grpo_program, "grpo.score_chunk", 7),
     "grpo.max_logp_gap": _one(options.grpo_steps, "grpo.max_logp_gap", 0.01),
     "evaluate.every": _one(options.around, "evaluate.every", 2, **EVALUATED),
@@ -294,7 +300,9 @@ def test_the_same_key_changes_nothing(
 # Keys of memory and time alone, and what they are changed to: other programs, the same sums.
 MEMORY = {
     "grpo.micro_batch": {"grpo__micro_batch": 1},
+    "grpo.micro_group": {"grpo__micro_group": 1},
     "grpo.score_chunk": {"grpo__score_chunk": 7},
+    "model.attention": {"model__attention": "kernels"},
     "model.remat": {"model__remat": "layer"},
     "mesh": {"mesh": {"data": 2, "fsdp": 2, "tensor": 2}},
     "sft.micro_batch": {"sft__micro_batch": 2},

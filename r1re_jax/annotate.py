@@ -11,6 +11,7 @@ import numpy as np
 from flax import nnx
 from jax.sharding import Mesh
 
+from r1re_jax import hosts
 from r1re_jax.model.qwen import Cache
 from r1re_jax.model.tree import Level, pad_level
 from r1re_jax.policy import Limits, Policy
@@ -207,8 +208,8 @@ def _batch(
         on_chunk=draw.on_chunk,
         mesh=draw.mesh,
     )
-    drawn = (rollout.tokens, rollout.length, rollout.truncated)
-    tokens_PGC, length_PG, truncated_PG = (np.asarray(array)[: len(examples)] for array in drawn)
+    drawn = hosts.on_host((rollout.tokens, rollout.length, rollout.truncated))
+    tokens_PGC, length_PG, truncated_PG = (array[: len(examples)] for array in drawn)
     return [
         (
             example,

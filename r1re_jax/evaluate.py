@@ -20,6 +20,7 @@ import numpy as np
 from flax import nnx
 from jax.sharding import Mesh
 
+from r1re_jax import hosts
 from r1re_jax.annotate import Completion, Draw, Prompts, annotate, read_prompts
 from r1re_jax.policy import Limits, Policy
 from r1re_jax.predictions import (
@@ -148,7 +149,7 @@ def weights_fingerprint(params: nnx.State) -> str:
     digest = hashlib.sha256()
     for path, leaf in jax.tree_util.tree_leaves_with_path(params):
         probes = np.linspace(0, leaf.size - 1, min(PROBES, leaf.size)).astype(np.int64)
-        values = np.asarray(leaf[np.unravel_index(probes, leaf.shape)], np.float32)
+        values = hosts.on_host(leaf[np.unravel_index(probes, leaf.shape)]).astype(np.float32)
         digest.update(f"{jax.tree_util.keystr(path)}{leaf.shape}".encode() + values.tobytes())
     return digest.hexdigest()
 
@@ -217,6 +218,7 @@ def _predictions(
     schema = task.schema(prompts.guide)
     if folder is not None:
         rows = begin(folder, _asked(policy, prompts, draw), prompts.examples)
+        hosts.meet(f"evaluation in {folder}")  # all have read it before one of them writes
     for batch in annotate(policy, prompts, draw, first=len(rows)):
         judged = [_row(*pair, task, schema) for pair in batch]
         if folder is not None:

@@ -11,6 +11,7 @@ import pathlib
 from collections.abc import Sequence
 from typing import Any
 
+from r1re_jax import hosts
 from r1re_jax.task.tasks import AnyExample
 
 ASKED, PREDICTIONS, METRICS = "evaluate.json", "predictions.jsonl", "metrics.json"
@@ -83,7 +84,7 @@ def _resume(path: pathlib.Path, examples: Sequence[AnyExample], samples: int) ->
                 f" {line[:60]!r}; move the folder away to evaluate anew. Nothing was changed."
             )
         rows.append(row)
-    if len(whole) < len(data):
+    if len(whole) < len(data) and hosts.is_first():
         os.truncate(path, len(whole))
     return rows
 
@@ -98,6 +99,8 @@ def _parsed(line: bytes) -> Row:
 
 def append(path: pathlib.Path, rows: Sequence[Row]) -> None:
     """Append rows at once: a kill leaves whole lines and at most one torn one."""
+    if not hosts.is_first():
+        return
     with path.open("a", encoding="utf-8") as file:
         file.write("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
         file.flush()
@@ -106,6 +109,8 @@ def append(path: pathlib.Path, rows: Sequence[Row]) -> None:
 
 def replace(path: pathlib.Path, text: str) -> None:
     """Write a file that is there whole or not at all."""
+    if not hosts.is_first():
+        return
     temporary = path.with_name(path.name + ".part")
     temporary.write_text(text, encoding="utf-8")
     temporary.replace(path)

@@ -8,7 +8,6 @@ from typing import Any
 import jax
 import numpy as np
 from flax import nnx
-from jax.experimental import multihost_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 # Mesh axes: `data` runs across slices, `fsdp` shards parameters and batch, `tensor` shards heads
@@ -112,20 +111,6 @@ def make_mesh(
             f"a mesh of {found} needs {int(np.prod(sizes))} devices; there are {len(devices)}"
         )
     return jax.make_mesh(tuple(sizes), MESH_AXES, axis_types=(AxisType.Auto,) * 3, devices=devices)
-
-
-def on_host(tree: Any) -> Any:
-    """Return arrays as numpy on this host; what other hosts hold of them is gathered.
-
-    Where there are several, all must call it for the same arrays.
-    """
-
-    def one(x: Any) -> np.ndarray:
-        if not isinstance(x, jax.Array) or x.is_fully_addressable or x.is_fully_replicated:
-            return np.asarray(x)
-        return multihost_utils.process_allgather(x, tiled=True)
-
-    return jax.tree.map(one, tree)
 
 
 def parameter_shardings(state: nnx.State, mesh: Mesh) -> nnx.State:

@@ -16,6 +16,7 @@ from typing import Any
 
 from absl import app, flags, logging
 
+from r1re_jax import hosts
 from r1re_jax.report.progress import open_progress
 from r1re_jax.report.writers import JsonlWriter, TensorBoardWriter, Writer
 from r1re_jax.train.config import read_settings
@@ -24,7 +25,7 @@ from r1re_jax.train.loop import Outcome, run_training
 from r1re_jax.train.parity import ParityError
 from r1re_jax.train.profile import StepProfiler
 from r1re_jax.train.settings import Settings
-from r1re_jax.train.signals import StopSignals
+from r1re_jax.train.signals import Stopped, StopSignals
 from r1re_jax.train.update import NonFiniteError, SamplerDriftError
 from run.programs import keep_programs
 from run.recipe import define_config, parse
@@ -58,14 +59,21 @@ def train(
     with StopSignals() as signals, contextlib.closing(open_progress(sys.stderr)) as progress:
 
         def writers(resume_step: int) -> tuple[Writer, ...]:
+            if not hosts.is_first():
+                return ()
             numbers = JsonlWriter(workdir / "metrics.jsonl", resume_step=resume_step)
             board = TensorBoardWriter(workdir / "tensorboard", resume_step=resume_step)
             return numbers, board, progress
 
+        def poll() -> None:
+            number = hosts.agreed(signals.requested or 0)
+            if number:
+                raise Stopped(number)
+
         hooks = Hooks(
-            poll=signals.poll,
+            poll=poll,
             writers=writers,
-            progress=progress,
+            progress=progress if hosts.is_first() else None,
             before_step=profiler.before_step,
         )
         try:
@@ -84,6 +92,10 @@ def main(argv: list[str]) -> None:
     """Train as the flags say."""
     if len(argv) > 1:
         raise app.UsageError(f"unexpected arguments {argv[1:]}")
+    try:
+        hosts.join()
+    except hosts.HostsError as error:
+        sys.exit(f"run.train: {error}")
     again = shlex.join([sys.executable, "-m", "run.train", *sys.argv[1:]])
     train(CONFIG.value, pathlib.Path(WORKDIR.value), again=again, profile=PROFILE.value)
 

@@ -13,15 +13,14 @@ import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
+from r1re_jax import hosts
 from r1re_jax.model.hf_config import (
     PRODUCER,
     WeightsError,
@@ -211,7 +210,7 @@ def save_hf(
         )
     if not overwrite:
         _refuse_foreign(folder)
-    writes = jax.process_index() == 0
+    writes = hosts.is_first()
     folder.parent.mkdir(parents=True, exist_ok=True)
     beside = (
         Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent)) if writes else None
@@ -286,10 +285,7 @@ def _write_weights(model: Qwen, folder: Path | None, *, dtype: str, max_shard_by
 
 def _tensors(rows: Sequence[Name], flat: Mapping, dtype: str) -> Iterator[tuple[str, np.ndarray]]:
     for name in rows:
-        value = flat[tuple(name.ours.split("."))].get_value()
-        if not value.is_fully_addressable:  # pragma: no cover: several hosts
-            value = multihost_utils.process_allgather(value, tiled=True)
-        array = np.asarray(value)
+        array = hosts.on_host(flat[tuple(name.ours.split("."))].get_value())
         layers = array if name.stacked else array[None]
         for layer, (theirs, _) in zip(layers, name.tensors(Form.HF, array.shape), strict=True):
             tensor = layer.T if name.transposed else layer

@@ -8,7 +8,7 @@ import numpy as np
 from flax import nnx
 from jax.sharding import Mesh
 
-from r1re_jax import sharding
+from r1re_jax import hosts, sharding
 from r1re_jax.model.qwen import Cache
 from r1re_jax.model.tree import Level
 from r1re_jax.rollout import decode
@@ -105,6 +105,7 @@ def generate(
         ValueError: limit or chunk below 1, compaction below 0, no stop token, or keys that do not
             fit the questions.
     """
+    keys = hosts.everywhere(keys, mesh)
     _check(levels[-1], keys, limit=limit, chunk=chunk, compaction=compaction, stop_ids=stop_ids)
     program = Program(
         settings=settings,
@@ -126,12 +127,12 @@ def generate(
     )
     width = sizes.widths[0]
     state = decode.start_state(graph, params, hidden, caches, keys, width=width, program=program)
-    step, done = 1, sharding.on_host(state.done)
+    step, done = 1, hosts.on_host(state.done)
     while True:
         if step < limit and not done.all():
             state, caches = sizes.fitted(state, caches, done=done, step=step)
             state, told = decode.decode_chunk(graph, params, state, caches, program=program)
-            step, done = int(told[0]), sharding.on_host(told[1])
+            step, done = int(told[0]), hosts.on_host(told[1])
         if on_chunk is not None:
             on_chunk(_progress(state, step=step, done=done, limit=limit, rows=keys.size))
         if step == limit or done.all():

@@ -3,10 +3,12 @@
 import dataclasses
 import functools
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import jax
 import numpy as np
 
+from r1re_jax import hosts
 from r1re_jax.model.flops import Lengths
 from r1re_jax.model.qwen import Cache
 from r1re_jax.model.tree import Level, Tree
@@ -21,7 +23,7 @@ from r1re_jax.task.rewards import RewardPart, overlong_penalty, reward_part
 from r1re_jax.task.tasks import AnyVerdict
 from r1re_jax.train.batch import prompt_levels
 from r1re_jax.train.figures import Clock
-from r1re_jax.train.groups import Groups, as_examples, join
+from r1re_jax.train.groups import Groups, Judged, as_examples, join
 from r1re_jax.train.grpo_settings import GRPOSettings
 from r1re_jax.train.sampler import Sampler
 from r1re_jax.train.state import Params, model_state
@@ -148,36 +150,50 @@ class Drawing:
             on_chunk=lambda progress: tick(f"rollout {progress.tokens}/{progress.limit}"),
             mesh=self.sampler.layout.mesh,
         )
-        return jax.device_get(rollout)
+        return hosts.on_host(rollout)
 
     @functools.partial(jax.profiler.annotate_function, name="reward")
     def _judge(
         self, lessons: Sequence[Lesson], question: Level, rollout: Rollout, tick: Tick
     ) -> Groups:
-        """Turn tokens into texts, and texts into verdicts and rewards."""
-        shape = rollout.length.shape
-        texts_NPG, verdicts_NPG = np.empty(shape, object), np.empty(shape, object)
-        parts = np.empty((*shape, len(self.settings.rewards) or 1), np.float32)
-        overlong_NPG, task = self._overlong(rollout), self.encoder.task
-        for tree, lesson in enumerate(lessons):
-            schema = task.schema(lesson.guide)
-            for place, example in enumerate(lesson.examples):
-                tick("reward")
-                for sample, length in enumerate(rollout.length[tree, place]):
-                    where = tree, place, sample
-                    texts_NPG[where] = self.encoder.decode(rollout.tokens[where][:length])
-                    verdict = task.judge(texts_NPG[where], example, schema)
-                    reward, parts[where] = self._reward(verdict, float(overlong_NPG[where]))
-                    verdicts_NPG[where] = dataclasses.replace(verdict, reward=reward)
-        rewards = [verdict.reward for verdict in verdicts_NPG.flat]
+        """Turn tokens into texts, and texts into verdicts and rewards.
+
+        Each process judges its share of the questions, and tells the others.
+        """
+        overlong_NPG, (trees, questions, samples) = self._overlong(rollout), rollout.length.shape
+        own: list[dict[str, Any]] = []
+        for number in hosts.mine(trees * questions):
+            tree, place = divmod(number, questions)
+            tick("reward")
+            lesson = lessons[tree]
+            schema, example = self.encoder.task.schema(lesson.guide), lesson.examples[place]
+            for sample in range(samples):
+                where = tree, place, sample
+                text = self.encoder.decode(rollout.tokens[where][: rollout.length[where]])
+                verdict = self.encoder.task.judge(text, example, schema)
+                reward, parts = self._reward(verdict, float(overlong_NPG[where]))
+                found = Judged(
+                    text=text,
+                    reward=reward,
+                    parts=parts,
+                    format_ok=verdict.format_ok,
+                    correct=verdict.correct,
+                    predicted=verdict.predicted,
+                    figures=verdict.figures,
+                )
+                own.append(vars(found))
+        judged = [Judged(**values) for values in hosts.exchange(own)]
+        verdicts_NPG = np.empty(rollout.length.shape, object)
+        verdicts_NPG.reshape(-1)[:] = judged
         return Groups(
             examples=as_examples([lesson.examples for lesson in lessons]),
             question=question,
             rollout=rollout,
-            texts=texts_NPG,
             verdicts=verdicts_NPG,
-            reward=np.array(rewards, np.float32).reshape(shape),
-            parts=parts,
+            reward=np.array([of.reward for of in judged], np.float32).reshape(overlong_NPG.shape),
+            parts=np.array([of.parts for of in judged], np.float32).reshape(
+                *overlong_NPG.shape, -1
+            ),
             overlong=overlong_NPG.astype(np.float32),
         )
 

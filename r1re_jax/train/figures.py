@@ -83,7 +83,7 @@ def _sample(
     verdict = groups.verdicts[where]
     named = dict(zip(parts, groups.parts[where].tolist(), strict=True)) if parts else {}
     return {
-        "text": groups.texts[where],
+        "text": verdict.text,
         "predicted": verdict.predicted,
         "correct": verdict.correct,
         "format_ok": verdict.format_ok,

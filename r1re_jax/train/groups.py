@@ -1,7 +1,7 @@
 """Groups of completions as a GRPO step draws, judges and chooses them; all on the host."""
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -12,6 +12,29 @@ from r1re_jax.task.tasks import AnyExample
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class Judged:
+    """What is kept of a completion and its verdict: plain JSON values, which go from host to host.
+
+    Attributes:
+        text: of the completion.
+        reward: in all, further penalties with it.
+        parts: R rewards that are compared within their groups each by itself.
+        format_ok: as of the verdict, as are those that follow.
+        correct: see there.
+        predicted: see there.
+        figures: see there.
+    """
+
+    text: str
+    reward: float
+    parts: Sequence[float]
+    format_ok: bool
+    correct: bool
+    predicted: Any
+    figures: Mapping[str, float]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class Groups:
     """P questions of each of N guides, G completions of each question.
 
@@ -19,8 +42,7 @@ class Groups:
         examples: [N, P] examples.
         question: their tokens [N, P, Q].
         rollout: the completions [N, P, G].
-        texts: [N, P, G] strings.
-        verdicts: [N, P, G] verdicts.
+        verdicts: [N, P, G] of `Judged`.
         reward: [N, P, G] fp32, in all.
         parts: [N, P, G, R] fp32, the rewards that are compared within their groups each by itself.
         overlong: [N, P, G] fp32, penalties of long completions; 0 where there are none.
@@ -29,7 +51,6 @@ class Groups:
     examples: np.ndarray
     question: Level
     rollout: Rollout
-    texts: np.ndarray
     verdicts: np.ndarray
     reward: np.ndarray
     parts: np.ndarray

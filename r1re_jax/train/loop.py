@@ -22,6 +22,7 @@ import optax
 from absl import logging
 from jax.sharding import Mesh
 
+from r1re_jax import hosts
 from r1re_jax.evaluate import evaluate
 from r1re_jax.policy_files import save_words
 from r1re_jax.policy_source import read_adapted
@@ -60,6 +61,8 @@ from r1re_jax.train.workdir import (
 )
 
 QUIET = Hooks()
+# Notes of work that goes on beside a device's, or has no place to stop at.
+UNHEARD = ("reward", "reference", "update")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -131,9 +134,11 @@ def run_training(
     check_prompts(data, [*sets.values()], encoder=start.policy.encoder, settings=settings)
     if newest is None:
         check_run(settings, data, start)
+    hosts.meet("the work directory was read")
     workdir = open_workdir(workdir, settings, data=data.sha256)
-    if not (workdir / "policy" / "r1re.json").exists():
+    if hosts.is_first() and not (workdir / "policy" / "r1re.json").exists():
         save_words(start.policy, workdir / "policy", adapted=start.adapted)
+    hosts.meet("the work directory is open")
     scores: dict[int, float] = {}
     checkpoints = Checkpoints(workdir, keep=settings.checkpoint.keep, scores=scores)
     try:
@@ -174,6 +179,7 @@ class _Run:
             logging.info("going on from step %d in %s", step, self.workdir)
         for name in forget_after(self.workdir, step):
             logging.info("removed %s: its step is done again", name)
+        hosts.meet("later steps are forgotten")
         # A line is written when its step has nothing left to do.
         written = step - 1 if pending is not None or newest is None else step
         writers = self.hooks.writers(written)
@@ -276,6 +282,7 @@ class _Run:
         if start.frozen and first == 0:  # the adapter began as nothing: the base is the reference
             return start.whole(no_adapter(start.layout))
         if step == first:
+            self.checkpoints.wait()  # of several processes two savers must not commit at once
             keep_reference(self.workdir, state.params, step=first)
         dtype = start.policy.model.dtype
         return start.whole(load_reference(self.workdir, start.layout, step=first, dtype=dtype))
@@ -305,7 +312,9 @@ class _Run:
     def _tick(self, note: str) -> None:
         if self.hooks.progress is not None:
             self.hooks.progress.tick(note)
-        self.hooks.poll()
+        # Of several processes all must ask at once, which would wait for what a device does then.
+        if jax.process_count() == 1 or note not in UNHEARD:
+            self.hooks.poll()
 
     def _after(
         self,

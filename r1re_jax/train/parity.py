@@ -19,6 +19,7 @@ import numpy as np
 from flax import nnx
 from jax.sharding import Mesh
 
+from r1re_jax import hosts
 from r1re_jax.model.tree import Level, Tree
 from r1re_jax.policy import Limits
 from r1re_jax.rl.masks import length_mask
@@ -247,14 +248,14 @@ def in_three_ways(
         chunk=limit,
         mesh=sampler.layout.mesh,
     )
-    rollout = jax.device_get(rollout)
+    rollout = hosts.on_host(rollout)
     tree = Tree(guide, question, Level(rollout.tokens, rollout.length))
     logp = {
         Way.DECODE: rollout.logp,
         Way.TRAINING: _tree_logp(*model, tree, mesh=layout.mesh),
         Way.PREFILL: _row_logp(*model, *_rows(tree), rollout.tokens, mesh=layout.mesh),
     }
-    return tree, jax.device_get(logp)
+    return tree, hosts.on_host(logp)
 
 
 def _shown(gap: Gap) -> str:

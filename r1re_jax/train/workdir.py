@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from r1re_jax import hosts
 from r1re_jax.train.config import (
     SettingsError,
     configuration_hash,
@@ -129,7 +130,7 @@ def forget_after(workdir: Path, step: int) -> list[str]:
         for path in (*(workdir / "completions").glob("*.jsonl"), *(workdir / "eval").glob("*-*"))
         if _step_of(path) is not None and _step_of(path) > step
     ]
-    for path in later:
+    for path in later if hosts.is_first() else ():
         shutil.rmtree(path) if path.is_dir() else path.unlink()
     return sorted(str(path.relative_to(workdir)) for path in later)
 
@@ -140,7 +141,9 @@ def write_json(path: Path, content: Any) -> None:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write a file that is there whole or not at all; its folder is made."""
+    """Write a file that is there whole or not at all; its folder is made. One process writes."""
+    if not hosts.is_first():
+        return
     path.parent.mkdir(parents=True, exist_ok=True)
     unfinished = path.with_name(path.name + ".part")
     unfinished.write_text(text, "utf-8")

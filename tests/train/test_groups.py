@@ -23,7 +23,6 @@ def _groups(reward_NPG: np.ndarray, *, first: int = 0) -> Groups:
         rollout=Rollout(
             tokens=tokens, length=number_NPG, logp=tokens * 0.5, truncated=number_NPG % 2 == 0
         ),
-        texts=number_NPG.astype(str).astype(object),
         verdicts=number_NPG.astype(object),
         reward=reward_NPG,
         parts=reward_NPG[..., None],
@@ -55,7 +54,7 @@ def test_groups_with_signal_come_first_and_order_stays(rewards: np.ndarray, data
         np.testing.assert_array_equal(array.reshape(*whole.shape, -1)[..., 0], whole)
     np.testing.assert_array_equal(chosen.rollout.logp[..., 0, 0], whole * 0.5)
     np.testing.assert_array_equal(chosen.rollout.truncated[..., 0], whole % 2 == 0)
-    np.testing.assert_array_equal(chosen.texts[..., 0].astype(int), whole)
+    np.testing.assert_array_equal(chosen.verdicts[..., 0].astype(int), whole)
     np.testing.assert_array_equal(chosen.verdicts[..., 0].astype(int), whole)
     np.testing.assert_array_equal(chosen.parts[..., 0], chosen.reward)
     np.testing.assert_array_equal(chosen.overlong[..., 0], whole * 0.25)

@@ -15,7 +15,7 @@ import jax
 from absl import app, flags, logging
 
 from r1re_jax.launch.compile import compile_run, predicted_step
-from r1re_jax.launch.needs import refused, shown, summary
+from r1re_jax.launch.needs import advice, refused, shown, summary
 from r1re_jax.launch.topology import tpu_slice
 from r1re_jax.train.config import read_settings
 from r1re_jax.train.start import run_mesh
@@ -58,7 +58,7 @@ def main(argv: list[str]) -> None:
         write_json(pathlib.Path(JSON.value), result)
     print(json.dumps({name: value for name, value in result.items() if name != "programs"}))
     if result["fits"] is False:
-        sys.exit(1)
+        sys.exit(f"run.compile: {advice(result, where)}")
 
 
 if __name__ == "__main__":

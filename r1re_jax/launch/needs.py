@@ -227,6 +227,34 @@ def refused(error: Exception) -> dict[str, Any] | None:
     return {"program": program, "gib": gib, "says": text.splitlines()[0]}
 
 
+def advice(result: Mapping[str, Any], where: Slice) -> str:
+    """Say which program is too big for a slice, and what would make it smaller."""
+    if "refused" in result:
+        program, gib = result["refused"]["program"], result["refused"]["gib"]
+    else:
+        of = max(result["programs"], key=lambda one: one["peak_gib"] + one["resident_gib"])
+        program, gib = of["name"], of["peak_gib"] + of["resident_gib"]
+    known = "more" if gib is None else f"{gib:.2f} GiB"
+    what = next(change for names, change in _SMALLER if (program or "").startswith(names))
+    return (
+        f"{program} needs {known} of a device, which has {where.chip.usable_gib} GiB. Try {what}, or"
+        " a larger slice"
+    )
+
+
+# What a program's memory depends on most, by its name.
+_SMALLER = (
+    (("update", "sft_update", "add"), "half of micro_batch or micro_group, or model.remat=layer"),
+    (("reference",), "half of grpo.micro_batch or grpo.micro_group"),
+    (
+        ("decode", "start", "grow", "compact", "rows"),
+        "a shorter limits.completion, a smaller grpo.group, or grpo.quantise.cache=int8",
+    ),
+    (("evaluate",), "a smaller evaluate.batch"),
+    (("",), "a larger mesh.fsdp, or first_moment=bfloat16"),
+)
+
+
 def shown(report: Report) -> str:
     """Return a line for people."""
     gathered = " ".join(f"{kind} {of['count']}" for kind, of in report.collectives.items())

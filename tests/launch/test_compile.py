@@ -13,7 +13,16 @@ import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
 from r1re_jax.launch.compile import compile_run
-from r1re_jax.launch.needs import Memory, Report, matrix_flops, memory_of, refused, shown, summary
+from r1re_jax.launch.needs import (
+    Memory,
+    Report,
+    advice,
+    matrix_flops,
+    memory_of,
+    refused,
+    shown,
+    summary,
+)
 from r1re_jax.launch.program import Text
 from r1re_jax.launch.topology import CHIPS, GIB, Slice, TopologyError, tpu_slice
 from tests.train import world
@@ -128,6 +137,18 @@ def test_a_refusal_names_what_would_be_needed() -> None:
     error.add_note("update")
     assert refused(error) == {"program": "update", "gib": 1024.0, "says": says}
     assert refused(RuntimeError("INTERNAL: something else")) is None
+
+
+def test_what_is_too_big_says_what_would_make_it_smaller() -> None:
+    where = Slice("v5e:2x2", (), 4, CHIPS["v5e"])
+    said = advice(summary([_report(4), _report(10, 6)], where, devices=4), where)
+    assert "update needs 16.00 GiB of a device, which has 15.75 GiB" in said
+    assert "half of micro_batch or micro_group" in said
+    error = {"program": "decode_512x3072", "gib": None, "says": "no"}
+    said = advice(summary([], where, devices=4, refused=error), where)
+    assert "decode_512x3072 needs more of a device" in said and "limits.completion" in said
+    error = {"program": None, "gib": 20.0, "says": "no"}
+    assert "mesh.fsdp" in advice(summary([], where, devices=4, refused=error), where)
 
 
 def test_a_slice_that_does_not_exist_is_refused() -> None:

@@ -244,7 +244,7 @@ def advice(result: Mapping[str, Any], where: Slice) -> str:
 
 # What a program's memory depends on most, by its name.
 _SMALLER = (
-    (("update", "sft_update", "add"), "half of micro_batch or micro_group, or model.remat=layer"),
+    (("update", "sft_", "add"), "half of micro_batch or micro_group, or model.remat=layer"),
     (("reference",), "half of grpo.micro_batch or grpo.micro_group"),
     (
         ("decode", "start", "grow", "compact", "rows"),

@@ -237,8 +237,8 @@ def advice(result: Mapping[str, Any], where: Slice) -> str:
     known = "more" if gib is None else f"{gib:.2f} GiB"
     what = next(change for names, change in _SMALLER if (program or "").startswith(names))
     return (
-        f"{program} needs {known} of a device, which has {where.chip.usable_gib} GiB. Try {what}, or"
-        " a larger slice"
+        f"{program} needs {known} of a device, which has {where.chip.usable_gib} GiB. Try {what},"
+        " or a larger slice"
     )
 
 

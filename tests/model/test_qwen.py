@@ -8,6 +8,7 @@ from flax import nnx
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from r1re_jax.model.block import 
 from r1re_jax.model.qwen import (
     Cache,
     KeyValue,

@@ -8,17 +8,8 @@ from flax import nnx
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from r1re_jax.model.block import 
-from r1re_jax.model.qwen import (
-    Cache,
-    KeyValue,
-    Qwen,
-    Remat,
-    RMSNorm,
-    abstract_qwen,
-    rotary,
-    rotation,
-)
+from r1re_jax.model.block import RMSNorm, rotary, rotation
+from r1re_jax.model.qwen import Cache, KeyValue, Qwen, Remat, abstract_qwen
 from tests.drawn import drawn_model, small_config
 
 N, P, G, S, Q, C = 2, 3, 2, 5, 4, 3

@@ -83,6 +83,9 @@ class FakeDecoding:
     def grown(self, past: Any, *, width: int, **more: Any) -> Any:
         return SimpleNamespace(value=[np.empty((*past.value[0].shape[:-2], width, 0))])
 
+    def layer_by_layer(self, change: Any, past: Any) -> tuple:
+        return change(past)
+
 
 @dataclasses.dataclass(frozen=True)
 class _State:
@@ -108,7 +111,7 @@ def row_steps(seed: int, *, compaction: int = COMPACTION) -> tuple[float, int]:
     with pytest.MonkeyPatch.context() as patch:
         for name in ("prefill", "start_state", "decode_chunk"):
             patch.setattr(decode, name, getattr(fake, name))
-        for name in ("compact", "grown"):
+        for name in ("compact", "grown", "layer_by_layer"):
             patch.setattr(rollout, name, getattr(fake, name))
         with pytest.raises(_Ended):
             rollout.generate(

@@ -18,7 +18,7 @@ from tests.tiny import tiny_guide, tiny_policy, tiny_tokenizer
 from tests.train import world
 
 NAMES = (
-    *("config", "versions", "devices", "parameters", "batch"),
+    *("config", "versions", "devices", "parameters", "memory", "batch"),
     *("data", "policy", "prompts", "workdir", "parity"),
 )
 # Eight simulated devices, four of which share the questions.
@@ -85,7 +85,7 @@ def test_a_steps_tokens_are_counted(sound: dict[str, Result]) -> None:
     assert found["grpo tokens"] == (
         f"{tree:,} on the tree, {flat:,} as flat rows ({flat / tree:.1f} times as many)"
     )
-    assert found["grpo micro-batches"] == "2, of 4 questions"
+    assert found["grpo micro-batches"] == "2, of 4 questions × 2 completions"
 
 
 def test_policy_and_prompts_are_described(sound: dict[str, Result]) -> None:
@@ -123,7 +123,7 @@ def test_a_mesh_that_does_not_divide_heads_leaves_the_batch_to_be_checked(
     mesh = {"data": 1, "fsdp": 1, "tensor": 8}
     results = _examine(_config(inputs, mesh=mesh), inputs / "new")
     assert _statuses(results)["failed"] == ["parameters"]
-    assert _statuses(results)["skipped"] == ["policy", "prompts", "parity"]
+    assert _statuses(results)["skipped"] == ["memory", "policy", "prompts", "parity"]
     assert "does not divide" in results["parameters"].problem
 
 

@@ -60,8 +60,9 @@ def make_sampler(
     shapes = {**layout.frozen, **layout.shapes}
     model = nnx.merge(layout.graph, model_state(shapes))
     int8 = matrix_names(model) if settings.weights is Quantisation.INT8 else ()
-    quantised = quantise(model, weights=settings.weights, cache=settings.cache)
-    drawing = drawing_layout(quantised, mesh or layout.mesh)
+    if settings != QuantiseSettings():
+        model = quantise(model, weights=settings.weights, cache=settings.cache)
+    drawing = drawing_layout(model, mesh or layout.mesh)
     copied = tuple(n for n in shapes if not _same(shapes[n], drawing.shapes[n]))
     kept = shapes.keys() - set(copied)
 

@@ -115,9 +115,8 @@ def generate(
         chunk=chunk,
         mesh=mesh,
     )
-    hidden, caches = decode.prefill(
-        graph, params, tuple(levels), ancestors=tuple(ancestors), mesh=mesh
-    )
+    above = {"ancestors": tuple(ancestors), "mesh": mesh}
+    hidden, caches = decode.prefill(graph, params, tuple(levels), **above)
     sizes = Sizes.of(
         keys.shape,
         compaction=compaction,

@@ -9,7 +9,6 @@ so a resumed run repeats the one that was not interrupted bit by bit.
 
 import dataclasses
 import functools
-import json
 import math
 import os
 from collections.abc import Callable, Mapping, Sequence
@@ -57,11 +56,11 @@ from r1re_jax.train.workdir import (
     open_workdir,
     versions,
     write_json,
-    write_text,
+    write_lines,
 )
 
 QUIET = Hooks()
-# Notes of work that goes on beside a device's, or has no place to stop at.
+# Where several processes, which ask all at once, would wait for what their devices do.
 UNHEARD = ("reward", "reference", "update")
 
 
@@ -134,7 +133,7 @@ def run_training(
     check_prompts(data, [*sets.values()], encoder=start.policy.encoder, settings=settings)
     if newest is None:
         check_run(settings, data, start)
-    hosts.meet("the work directory was read")
+    hosts.meet("all have read the work directory")
     workdir = open_workdir(workdir, settings, data=data.sha256)
     if hosts.is_first() and not (workdir / "policy" / "r1re.json").exists():
         save_words(start.policy, workdir / "policy", adapted=start.adapted)
@@ -228,7 +227,7 @@ class _Run:
                 pending = {"phase": phase.value, **result.metrics}
                 if result.completions and _due(step, self.settings.log.completions):
                     path = self.workdir / "completions" / f"{step}.jsonl"
-                    self.aside.do(_write_completions, path, result.completions)
+                    self.aside.do(write_lines, path, result.completions)
                 self._after(start, state, step, pending, writers)
                 pending = None
         except Stopped as error:
@@ -312,8 +311,7 @@ class _Run:
     def _tick(self, note: str) -> None:
         if self.hooks.progress is not None:
             self.hooks.progress.tick(note)
-        # Of several processes all must ask at once, which would wait for what a device does then.
-        if jax.process_count() == 1 or note not in UNHEARD:
+        if note not in UNHEARD or jax.process_count() == 1:
             self.hooks.poll()
 
     def _after(
@@ -389,10 +387,6 @@ class _Run:
             pending=pending,
         )
         self.checkpoints.save(state, meta)
-
-
-def _write_completions(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
-    write_text(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
 
 
 def _write_line(writers: Sequence[Writer], step: int, values: Mapping[str, Any]) -> None:

@@ -26,7 +26,7 @@ arguments=()
 for argument in "$@"; do
   if [ "$argument" = --all ]; then
     options+=(-m "slow or not slow")
-    install_libtpu || exit 1
+    install_libtpu || printf '[test] no libtpu: tests of the TPU compiler will be skipped\n' >&2
   else
     arguments+=("$argument")
   fi

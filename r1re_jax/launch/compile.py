@@ -93,9 +93,10 @@ def compile_run(settings: Settings, mesh: Mesh, *, rates: Rates | None = None) -
 
     Yields:
         Of GRPO, `relayout` where a copy of the policy draws, `guide_prefill`, those of
-        `compile_rollout`, and `reference` where there is a KL term; `evaluate` and what comes
-        before it; `update` (the gradient of a micro-batch), `add` where there are several, and
-        `apply` (the optimizer). Where there is a warm start before GRPO, its updates are `sft_…`.
+        `compile_rollout`, `reference` where there is a KL term, and `old` (the policy's own scores)
+        where one rollout serves several updates; `evaluate` and what comes before it; `update`
+        (the gradient of a micro-batch), `add` where there are several, and `apply` (the optimizer).
+        Where there is a warm start before GRPO, its updates are `sft_…`.
     """
     layout = model_layout(abstract_model(settings), mesh)
     policy = {**layout.frozen, **layout.shapes}
@@ -137,6 +138,9 @@ def _grpo(run: _Run) -> Iterator[Report]:
     if run.reference:
         ahead = compile_ahead("reference", grpo.score, run.reference, block.tree)
         yield run.inspect(ahead, beside=(run.policy, state.opt_state))
+    if of.inner_iterations > 1:  # else the update's own forward gives them
+        ahead = compile_ahead("old", grpo.score, run.policy, block.tree)
+        yield run.inspect(ahead, beside=(run.reference, state.opt_state))
     training = _Training(
         settings=of,
         programs=grpo.programs,

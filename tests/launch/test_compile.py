@@ -79,6 +79,7 @@ def test_memory_is_what_arrays_take() -> None:
 
 def test_a_run_is_its_programs(tmp_path: pathlib.Path) -> None:
     more = {"grpo__micro_batch": 1, "grpo__compaction": 1, "evaluate__samples": 2}
+    more |= {"grpo__inner_iterations": 2}
     settings = world.settings(world.write_inputs(tmp_path), **more)
     reports = {found.name: found for found in compile_run(settings, world.one_device_mesh())}
     of, limits = settings.grpo, world.LIMITS
@@ -88,7 +89,7 @@ def test_a_run_is_its_programs(tmp_path: pathlib.Path) -> None:
         *("guide_prefill", "question_prefill", "start"),
         *decoded,
         *("evaluate_guide", "evaluate_questions", "evaluate_start", "evaluate"),
-        *("reference", "update", "add", "apply", "sft_update", "sft_apply"),
+        *("reference", "old", "update", "add", "apply", "sft_update", "sft_apply"),
     ]
     policy = reports["apply"].resident
     assert policy > 0, "the reference is alive while the optimizer works"

@@ -18,7 +18,7 @@ from jax.sharding import Mesh
 from r1re_jax.annotate import Draw
 from r1re_jax.launch.needs import Report, inspect
 from r1re_jax.launch.prediction import Rates
-from r1re_jax.model.flops import Lengths, tree_load, update_flops
+from r1re_jax.model.flops import Lengths, pair_flops, tree_load, update_flops
 from r1re_jax.model.lora import is_adapter
 from r1re_jax.model.tree import Level, Tree
 from r1re_jax.rollout.ahead import Ahead, compile_ahead, compile_rollout, decode_rounds
@@ -237,7 +237,11 @@ def predicted_step(settings: Settings, reports: Sequence[Report]) -> dict[str, f
 
 
 def _useful_flops(run: _Run, of: GRPOSettings | SFTSettings) -> int:
-    """Return what an update must compute whose texts are all as long as their limits."""
+    """Return what an update must compute whose texts are all as long as their limits.
+
+    As MFU is mostly told: six operations a token for every parameter, and attention (PaLM, arXiv
+    2204.02311, appendix B). Where an adapter is trained, what its update computes.
+    """
     limits, group = run.settings.training_limits, of.group if isinstance(of, GRPOSettings) else 1
     full = lambda limit, *rows: np.full(rows, limit, np.int32)  # noqa: E731
     lengths = Lengths(
@@ -246,8 +250,11 @@ def _useful_flops(run: _Run, of: GRPOSettings | SFTSettings) -> int:
         full(limits.completion, of.trees, of.questions, group),
     )
     config = abstract_model(run.settings).config
-    trained = (shape.size for name, shape in run.layout.shapes.items() if is_adapter(name))
-    return update_flops(config, tree_load(lengths), adapter=sum(trained))
+    load, sizes = tree_load(lengths), {name: x.size for name, x in run.policy.items()}
+    adapter = sum(size for name, size in sizes.items() if is_adapter(name))
+    if adapter:
+        return update_flops(config, load, adapter=adapter)
+    return 6 * sum(sizes.values()) * load.tokens + 3 * pair_flops(config) * load.pairs
 
 
 def _read_only(policy: Params, layout: Layout) -> Params:

@@ -1,15 +1,16 @@
 """Several processes that run one program: who they are, and what they tell each other.
 
-All run the same steps in the same order. What a function here says all must call, all must call, at
-the same place: it waits for the others. With one process nothing waits and nothing is sent.
+All run the same steps in the same order. `exchange`, `agreed`, `meet` and `on_host` wait for the
+others: all must call them at the same place. With one process nothing waits and nothing is sent.
 """
 
 import contextlib
+import functools
 import json
 import os
 import socket
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -118,7 +119,7 @@ def _report(address: tuple[str, int], number: int, until: float) -> set[int]:
                 first.sendall(str(number).encode())
                 first.settimeout(until - time.monotonic() + 5)
                 return set(json.loads(first.recv(2**16) or b"[0]"))
-        except OSError:  # not there yet
+        except (OSError, ValueError):  # not there yet, or nobody of ours
             time.sleep(0.2)
     return {0}
 
@@ -182,9 +183,12 @@ def everywhere(keys: jax.Array, mesh: Mesh | None) -> jax.Array:
     """Return typed keys that every process has made alike, as one array of them all."""
     if mesh is None or jax.process_count() == 1:
         return keys
-    data, whole = np.asarray(jax.random.key_data(keys)), NamedSharding(mesh, PartitionSpec())
-    wrap = jax.jit(
-        lambda data: jax.random.wrap_key_data(data, impl=jax.random.key_impl(keys)),
-        out_shardings=whole,
-    )
-    return wrap(data)
+    data = np.asarray(jax.random.key_data(keys))
+    return _wrapped(mesh, str(jax.random.key_impl(keys)))(data)
+
+
+@functools.cache
+def _wrapped(mesh: Mesh, kind: str) -> Callable[[np.ndarray], jax.Array]:
+    """Return what makes keys of a kind from their words, on all devices; compiled once a shape."""
+    make = functools.partial(jax.random.wrap_key_data, impl=kind)
+    return jax.jit(make, out_shardings=NamedSharding(mesh, PartitionSpec()))

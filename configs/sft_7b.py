@@ -6,7 +6,7 @@ command:   R1RE_DATA=FOLDER python -m run.train --config=configs/sft_7b.py[:SLIC
 check:     python -m run.compile --config=configs/sft_7b.py:SLICE --topology=TOPOLOGY
 data:      as semeval_7b.py
 hardware:  as semeval_7b.py
-memory:    not compiled; less than semeval_7b.py, which draws besides
+memory:    not compiled yet
 """
 
 from ml_collections import ConfigDict

@@ -6,7 +6,6 @@ import numpy as np
 import pytest
 from jax.sharding import Mesh
 
-from r1re_jax import sharding
 from r1re_jax.model import kernels as chip
 from r1re_jax.model.attention import Attention, Kernels, Part, attend
 from r1re_jax.model.int8 import Int8
@@ -122,4 +121,3 @@ def test_kernels_are_chosen_by_platform() -> None:
     assert Kernels.on(mesh, Attention.AUTO) is None, "a CPU would interpret them"
     assert Kernels.on(mesh, Attention.XLA) is None
     assert Kernels.on(mesh, Attention.KERNELS) == Kernels(mesh, interpret=True)
-    assert sharding.question_ways(mesh) == 1

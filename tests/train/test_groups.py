@@ -55,7 +55,6 @@ def test_groups_with_signal_come_first_and_order_stays(rewards: np.ndarray, data
     np.testing.assert_array_equal(chosen.rollout.logp[..., 0, 0], whole * 0.5)
     np.testing.assert_array_equal(chosen.rollout.truncated[..., 0], whole % 2 == 0)
     np.testing.assert_array_equal(chosen.verdicts[..., 0].astype(int), whole)
-    np.testing.assert_array_equal(chosen.verdicts[..., 0].astype(int), whole)
     np.testing.assert_array_equal(chosen.parts[..., 0], chosen.reward)
     np.testing.assert_array_equal(chosen.overlong[..., 0], whole * 0.25)
 

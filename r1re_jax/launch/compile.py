@@ -26,7 +26,7 @@ from r1re_jax.rollout.decode import decode_chunk, prefill, start_state
 from r1re_jax.rollout.sampling import SamplingSettings
 from r1re_jax.rollout.shapes import widths
 from r1re_jax.rollout.state import Program
-from r1re_jax.train.batch import Block, blocks, grpo_blocks
+from r1re_jax.train.batch import Block, blocks, check_batches, grpo_blocks
 from r1re_jax.train.grpo import GRPOBlock, make_grpo
 from r1re_jax.train.grpo_settings import GRPOSettings, QuantiseSettings
 from r1re_jax.train.sampler import Sampler
@@ -118,6 +118,7 @@ def compile_run(settings: Settings, mesh: Mesh, *, rates: Rates | None = None) -
 def _grpo(run: _Run) -> Iterator[Report]:
     """Compile the programs of GRPO and of its evaluations."""
     of, layout = run.settings.grpo, run.layout
+    check_batches(run.settings, mesh=layout.mesh)
     grpo = make_grpo(
         of,
         limits=run.settings.training_limits,

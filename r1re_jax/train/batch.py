@@ -154,8 +154,11 @@ def check_batches(settings: Settings, *, mesh: Mesh) -> None:
     Raises:
         ValueError: naming the keys to change.
     """
+    drawing = sharding.drawing_mesh(mesh, tensor=settings.mesh.drawing_tensor)
     if settings.evaluate.samples and settings.data.eval:
-        check_mesh(1, settings.evaluate.batch, 0, mesh=mesh, phase="evaluate")
+        check_mesh(1, settings.evaluate.batch, 0, mesh=drawing, phase="evaluate")
+    if settings.grpo.steps:  # a rollout has all questions of a step
+        check_mesh(settings.grpo.trees, settings.grpo.questions, 0, mesh=drawing, phase="grpo")
     for phase, of in settings.phases.items():
         check_mesh(of.trees, of.questions, of.micro_batch, mesh=mesh, phase=phase.value)
 
@@ -172,5 +175,6 @@ def check_mesh(trees: int, questions: int, micro_batch: int, *, mesh: Mesh, phas
     if wide % ways:
         raise ValueError(
             f"{phase}: {wide} questions of a tree are computed at a time, by {ways} devices"
-            f" (mesh.data times mesh.fsdp); make the batch in {phase} a multiple of {ways}"
+            f" (mesh.data times mesh.fsdp, or what mesh.drawing_tensor makes of them); make the"
+            f" batch in {phase} a multiple of {ways}"
         )

@@ -151,7 +151,7 @@ def check_run(settings: Settings, data: TrainingData, start: Start) -> Parity | 
     if not settings.model.parity_tokens:
         return None
     lesson = phase_source(settings, data, next(iter(settings.phases))).lessons(0)[0]
-    ways = question_ways(start.layout.mesh)
+    ways = math.lcm(question_ways(start.layout.mesh), question_ways(start.sampler.layout.mesh))
     # A multiple of what the mesh shares them over, as is the lesson's own number.
     questions = lesson.examples[: ways * math.ceil(QUESTIONS / ways)]
     parity = measure(

@@ -1,9 +1,11 @@
 """Micro-batches tile a step, and what does not fit is refused by name."""
 
 import dataclasses
+import pathlib
 
 import hypothesis
 import hypothesis.strategies as st
+import jax
 import numpy as np
 import pytest
 
@@ -11,6 +13,7 @@ from r1re_jax.model.tree import Level, LimitError, Tree
 from r1re_jax.task.lessons import Lesson
 from r1re_jax.train.batch import (
     blocks,
+    check_batches,
     check_mesh,
     completion_level,
     grpo_blocks,
@@ -19,7 +22,7 @@ from r1re_jax.train.batch import (
 from r1re_jax.train.grpo_settings import GRPOSettings
 from r1re_jax.train.settings import SFTSettings
 from tests.tiny import tiny_examples, tiny_guide, tiny_policy
-from tests.train.world import LIMITS, mesh_of
+from tests.train.world import LIMITS, mesh_of, settings, write_inputs
 
 
 @hypothesis.given(st.integers(1, 5), st.integers(1, 6), st.data())
@@ -84,3 +87,14 @@ def test_questions_that_a_mesh_cannot_share_evenly_are_refused() -> None:
     check_mesh(2, 8, 4, mesh=mesh, phase="grpo")
     with pytest.raises(ValueError, match="grpo: 2 questions of a tree are computed at a time, by"):
         check_mesh(1, 8, 2, mesh=mesh, phase="grpo")
+
+
+@pytest.mark.skipif(jax.device_count() < 8, reason="needs 8 devices")
+def test_a_rollout_must_suit_the_mesh_that_draws(tmp_path: pathlib.Path) -> None:
+    """Sharing heads among fewer devices there leaves more of them to share the questions."""
+    sizes = {"data": 1, "fsdp": 2, "tensor": 4}
+    inputs = write_inputs(tmp_path)
+    check_batches(settings(inputs, mesh=sizes), mesh=mesh_of(*sizes.values()))
+    fewer = settings(inputs, mesh=sizes | {"drawing_tensor": 1})
+    with pytest.raises(ValueError, match=r"grpo: 2 questions .* by 8 devices .*drawing_tensor"):
+        check_batches(fewer, mesh=mesh_of(*sizes.values()))

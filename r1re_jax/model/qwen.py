@@ -233,6 +233,8 @@ class Qwen(nnx.Module):
             values.append(_write(own.value[index], value, step, axis=-2))
             parts = [*_ancestor_parts(above, ancestors), Part(keys[-1], values[-1], written)]
             x = block.finish(x, attend(query, parts, kernels=self.kernels))
+            # Else every layer adds up what all before it have added, anew.
+            x = jax.lax.optimization_barrier(x)
         return self.norm(x)[..., 0, :], KeyValue(tuple(keys), tuple(values))
 
     def layer_weights(self) -> list[nnx.State]:

@@ -64,7 +64,12 @@ PANELS = (
     Panel(name="kl", title="KL to the reference, per token", metric="kl"),
     Panel(name="entropy", title="Entropy of the policy, nats per token", metric="entropy"),
     # In the warm start this is the length of the completions to learn from.
-    Panel(name="length", title="Completion length, tokens", metric="length", phase="grpo"),
+    Panel(
+        name="length",
+        title="Completion length, tokens",
+        metric="completions/mean_length",
+        phase="grpo",
+    ),
     Panel(name="sft_loss", title="Loss of the SFT warm start", metric="loss", phase="sft"),
 )
 

@@ -128,7 +128,7 @@ def facts(history: History) -> list[tuple[str, str]]:
 
 def _minutes_in_steps(history: History) -> float:
     """Time of all steps; one that was not written down counts like the next that was."""
-    steps, seconds = history.series("seconds")
+    steps, seconds = history.series("step_time")
     counts = [step - before for step, before in zip(steps, [0, *steps], strict=False)]
     return sum(count * time for count, time in zip(counts, seconds, strict=True)) / 60
 

@@ -25,12 +25,14 @@ FIGURES = (
     ("reward", "reward", "+.2f"),
     ("accuracy", "accuracy", ".1%"),
     ("format_rate", "format", ".0%"),
-    ("length", "length", ".0f"),
+    ("completions/mean_length", "length", ".0f"),
     ("kl", "KL", ".4f"),
     ("entropy", "entropy", ".2f"),
     ("tokens_per_second", "tokens/s", ",.0f"),
     ("mfu", "MFU", ".1%"),
 )
+# What a step says of itself before it calls a program for the first time.
+COMPILED = ("rollout", "reference", "update")
 
 
 class Progress(Protocol):
@@ -78,6 +80,12 @@ class Status:
             return None
         return (now - self.began) / finished * max(0, self.total - self.step)
 
+    @property
+    def doing(self) -> str:
+        """What happens within the step; a phase's first step compiles its programs on the way."""
+        compiles = self.note in COMPILED and self.step == self.first
+        return f"{self.note} (compiling)" if compiles else self.note
+
     def figures(self) -> list[tuple[str, str]]:
         """Names and values as shown."""
         known = ((name, label, style) for name, label, style in FIGURES)
@@ -93,7 +101,7 @@ class Status:
         eta = self.eta(now)
         times = f"{clock(now - self.began)} elapsed" + (f", {clock(eta)} to go" if eta else "")
         shown = "  ".join(f"{label} {value}" for label, value in self.figures())
-        return "  ".join(part for part in (f"[{steps}]", times, shown, self.note) if part)
+        return "  ".join(part for part in (f"[{steps}]", times, shown, self.doing) if part)
 
 
 def clock(seconds: float) -> str:
@@ -216,7 +224,7 @@ class LiveProgress:
             ),
             Text(clock(now - status.began), style="dim"),
             Text(f"{clock(eta)} to go" if eta is not None else "", style="dim"),
-            Text(status.note, style="dim"),
+            Text(status.doing, style="dim"),
         )
         figures = Table.grid(padding=(0, 2))
         shown = status.figures()

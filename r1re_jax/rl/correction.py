@@ -19,6 +19,8 @@ from r1re_jax.rl.masks import as_mask, keep, require_shape
 
 # Log-ratios beyond it are reported as it: their exponentials would be infinite.
 LARGEST = 20.0
+# The difference of the sampler's and the trainer's log-probabilities is reported by TRL's name.
+LOGP_DIFFERENCE = "sampling/sampling_logp_difference"
 
 
 def importance_weights(
@@ -133,22 +135,26 @@ def correction_metrics(sums: dict[str, float]) -> dict[str, float]:
     """Divide once what `correction_sums` summed; `tokens` is among the sums.
 
     Returns:
-        `sampler_kl`: KL(sampler‖trainer) a token, estimated by k3 from the sampler's tokens;
-        `sampler_ess`: effective sample size of the weights as a share of the tokens,
-        (Σ w)² / (tokens · Σ w²) (Kish), 1 where all are equal; `sampler_masked`: share of tokens
+        `sampling/kl`: KL(sampler‖trainer) a token, estimated by k3 from the sampler's tokens;
+        `sampling/ess`: effective sample size of the weights as a share of the tokens,
+        (Σ w)² / (tokens · Σ w²) (Kish), 1 where all are equal; `sampling/masked`: share of tokens
         that the correction leaves out. Of long rows, where there are sums of them, the same as
-        `sampler_masked_long`, and `logp_gap_long`, the mean absolute difference.
+        `sampling/masked_long`, and as `sampling/sampling_logp_difference/mean_long` the mean
+        absolute difference.
     """
     tokens = max(sums["tokens"], 1)
     squares = tokens * sums["importance_squared"]
     figures = {
-        "sampler_kl": sums["sampler_kl"] / tokens,
-        "sampler_ess": sums["importance"] ** 2 / squares if squares else 0.0,
-        "sampler_masked": sums["sampler_masked"] / tokens,
+        "sampling/kl": sums["sampler_kl"] / tokens,
+        "sampling/ess": sums["importance"] ** 2 / squares if squares else 0.0,
+        "sampling/masked": sums["sampler_masked"] / tokens,
     }
     long = max(sums.get("tokens_long", 0), 1)
-    names = (name for name in ("logp_gap_long", "sampler_masked_long") if name in sums)
-    return figures | {name: sums[name] / long for name in names}
+    names = {
+        "logp_gap_long": f"{LOGP_DIFFERENCE}/mean_long",
+        "sampler_masked_long": "sampling/masked_long",
+    }
+    return figures | {new: sums[name] / long for name, new in names.items() if name in sums}
 
 
 def _log_ratio(old_logp: ArrayLike, sampler_logp: ArrayLike, mask: jax.Array) -> jax.Array:

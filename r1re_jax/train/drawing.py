@@ -95,6 +95,7 @@ class Drawing:
             LimitError: a guide or question that is too long.
             ValueError: a question that occurs twice.
         """
+        tick("rollout")
         settings, params = self.settings, self.sampler.params(params)
         lessons = self.source.lessons(number - 1)
         guide, question = prompt_levels(lessons, self.encoder, self.limits)

@@ -7,13 +7,24 @@ from typing import Any
 import jax
 import numpy as np
 
-from r1re_jax.rl.correction import correction_metrics
+from r1re_jax.rl.correction import LOGP_DIFFERENCE, correction_metrics
+from r1re_jax.rollout.rollout import Rollout
+from r1re_jax.task.relations import Example
 from r1re_jax.train.groups import Groups
 from r1re_jax.train.grpo_settings import GRPOSettings
 from r1re_jax.train.update import Gradient
 
-# Sums of the loss function that are reported as means over tokens, where they are there.
-TOKEN_MEANS = ("entropy", "ratio", "clip_low", "clip_high", "dual_clip", "old_kl", "kl")
+# Sums of the loss function that are reported as means over tokens, where they are there, and as
+# what. Names are TRL's (GRPOTrainer) wherever it reports the same, so that runs lie side by side.
+TOKEN_MEANS = {
+    "entropy": "entropy",
+    "ratio": "ratio",
+    "clip_low": "clip_ratio/low_mean",
+    "clip_high": "clip_ratio/high_mean",
+    "dual_clip": "clip_ratio/dual_mean",
+    "old_kl": "old_kl",
+    "kl": "kl",
+}
 # Sums that are part of the loss, reported as they are.
 PARTS_OF_LOSS = ("entropy_bonus",)
 
@@ -35,17 +46,17 @@ class Clock:
         """
         jax.block_until_ready(after)
         now = time.perf_counter()
-        key = f"seconds_{name}"
+        key = f"step_time/{name}"
         self._laps[key] = self._laps.get(key, 0.0) + now - self._last
         self._last = now
 
     def seconds(self) -> dict[str, float]:
-        """Return the whole until now and its parts; `seconds_other` has no name of its own."""
+        """Return the whole until now and its parts; `step_time/other` has no name of its own."""
         now = time.perf_counter()
         return {
-            "seconds": now - self._start,
+            "step_time": now - self._start,
             **self._laps,
-            "seconds_other": now - self._last,
+            "step_time/other": now - self._last,
         }
 
 
@@ -114,25 +125,62 @@ def drawing_metrics(groups: Groups, kept: Groups, places_NP: np.ndarray) -> dict
 
 def sampling_metrics(groups: Groups, settings: GRPOSettings) -> dict[str, float]:
     """Return means over all completions drawn, and how far rewards differ within groups."""
-    verdicts, rollout = groups.verdicts.ravel(), groups.rollout
-    means = groups.parts.mean(axis=(0, 1, 2)).tolist()
-    named = {f"reward_{name}": mean for name, mean in zip(settings.rewards, means, strict=False)}
-    penalty = {"overlong": float(groups.overlong.mean())} if settings.overlong_buffer else {}
+    verdicts = groups.verdicts.ravel()
+    penalty = {"rewards/overlong/mean": float(groups.overlong.mean())}
     return {
-        **named,
-        **penalty,
+        **_rewards(groups, settings.rewards),
+        **(penalty if settings.overlong_buffer else {}),
         "reward": float(groups.reward.mean()),
         "reward_std": float(groups.reward.std(axis=-1, ddof=1).mean()),
         "frac_reward_zero_std": float(1 - groups.signal.mean()),
         "accuracy": float(np.mean([verdict.correct for verdict in verdicts])),
         "format_rate": float(np.mean([verdict.format_ok for verdict in verdicts])),
-        "length": float(rollout.length.mean()),
-        "length_max": float(rollout.length.max()),
-        "truncated": float(rollout.truncated.mean()),
-    } | {
-        name: float(np.mean([verdict.figures[name] for verdict in verdicts]))
-        for name in verdicts[0].figures
+        **_lengths(groups.rollout),
+        **_relations(groups),
+        **{
+            name: float(np.mean([verdict.figures[name] for verdict in verdicts]))
+            for name in verdicts[0].figures
+        },
     }
+
+
+def _rewards(groups: Groups, names: Sequence[str]) -> dict[str, float]:
+    """Mean and deviation of each reward that is compared by itself, where any is."""
+    parts_RX = np.moveaxis(groups.parts, -1, 0).reshape(groups.parts.shape[-1], -1)
+    return {
+        f"rewards/{name}/{figure}": float(value)
+        for name, part_X in zip(names, parts_RX, strict=False)
+        for figure, value in (("mean", part_X.mean()), ("std", part_X.std()))
+    }
+
+
+def _lengths(rollout: Rollout) -> dict[str, float]:
+    """Tokens of completions; of those that ended by themselves too, where there are any."""
+    ended = rollout.length[~rollout.truncated]
+    found = (
+        {"": rollout.length.ravel(), "terminated_": ended} if ended.size else {"": rollout.length}
+    )
+    return {
+        f"completions/{figure}_{name}length": float(getattr(length, figure)())
+        for name, length in found.items()
+        for figure in ("mean", "min", "max")
+    } | {"completions/clipped_ratio": float(rollout.truncated.mean())}
+
+
+def _relations(groups: Groups) -> dict[str, float]:
+    """Accuracy and reward by the relation that is right, directions together; none of triplets."""
+    by_relation: dict[str, list[tuple[int, ...]]] = {}
+    for where in np.ndindex(groups.examples.shape):
+        example = groups.examples[where]
+        if isinstance(example, Example):
+            by_relation.setdefault(example.label.split("(")[0], []).append(where)
+    found = {}
+    for relation, places in sorted(by_relation.items()):
+        right = [verdict.correct for where in places for verdict in groups.verdicts[where]]
+        rewards = [groups.reward[where].mean() for where in places]
+        found[f"relations/{relation}/accuracy"] = float(np.mean(right))
+        found[f"relations/{relation}/reward"] = float(np.mean(rewards))
+    return found
 
 
 def update_metrics(gradients: Sequence[Gradient]) -> dict[str, float]:
@@ -140,16 +188,19 @@ def update_metrics(gradients: Sequence[Gradient]) -> dict[str, float]:
     means: dict[str, list[float]] = {}
     for gradient in gradients:
         tokens = max(gradient.sums["tokens"], 1)
-        for name in TOKEN_MEANS:
-            if name in gradient.sums:
-                means.setdefault(name, []).append(gradient.sums[name] / tokens)
+        sums = gradient.sums
+        by_token = {new: sums[name] / tokens for name, new in TOKEN_MEANS.items() if name in sums}
+        for name, value in by_token.items():
+            means.setdefault(name, []).append(value)
+        clipped = by_token["clip_ratio/low_mean"] + by_token["clip_ratio/high_mean"]
+        means.setdefault("clip_ratio/region_mean", []).append(clipped)
         whole = {name: gradient.sums[name] for name in PARTS_OF_LOSS if name in gradient.sums}
         whole |= {"loss": gradient.loss, "grad_norm": gradient.norm}
         for name, value in whole.items():
             means.setdefault(name, []).append(value)
     first = gradients[0].sums
     return {name: float(np.mean(values)) for name, values in means.items()} | {
-        "logp_gap": first["logp_gap"] / max(first["tokens"], 1),
-        "logp_gap_max": first["logp_gap_max"],
+        f"{LOGP_DIFFERENCE}/mean": first["logp_gap"] / max(first["tokens"], 1),
+        f"{LOGP_DIFFERENCE}/max": first["logp_gap_max"],
         **correction_metrics(first),
     }

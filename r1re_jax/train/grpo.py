@@ -164,7 +164,9 @@ class GRPO:
             self.settings.optimizer, updates_per_step=self.settings.inner_iterations
         )
         metrics |= {"learning_rate": float(rate(done)), **clock.seconds()}
-        metrics["tokens_per_second"] = float(drawn.groups.rollout.length.sum()) / metrics["seconds"]
+        metrics["tokens_per_second"] = (
+            float(drawn.groups.rollout.length.sum()) / metrics["step_time"]
+        )
         metrics |= self.meter.grpo(drawn.lengths, tree, self.settings, seconds=metrics)
         rows = completion_rows(kept, advantage_NPG, parts=tuple(self.settings.rewards))
         return StepResult(state, metrics, rows)

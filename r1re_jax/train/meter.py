@@ -54,7 +54,7 @@ class Meter:
             drawn: all that was drawn, rounds of P questions side by side.
             kept: what was trained on.
             settings: of the phase.
-            seconds: `seconds` and `seconds_rollout` of the step.
+            seconds: `step_time` and `step_time/rollout` of the step.
         """
         counted = step_flops(
             self.config,
@@ -64,10 +64,10 @@ class Meter:
             updates=settings.inner_iterations,
             adapter=self.adapter,
         )
-        found = self._use(counted.total, seconds["seconds"])
+        found = self._use(counted.total, seconds["step_time"])
         if self.bandwidth is not None:
             moved = sum(self._decoded(part) for part in _rounds(drawn, settings.questions))
-            found["hbm_use"] = moved / seconds["seconds_rollout"] / self.bandwidth
+            found["hbm_use"] = moved / seconds["step_time/rollout"] / self.bandwidth
         return found
 
     def _decoded(self, lengths: Lengths) -> int:

@@ -87,11 +87,11 @@ class SFT:
         metrics = {
             "loss": gradient.loss,
             "entropy": gradient.sums["entropy"] / tokens,
-            "length": tokens / tree.completion.length.size,
+            "completions/mean_length": tokens / tree.completion.length.size,
             "grad_norm": gradient.norm,
             "learning_rate": float(learning_rate(self.settings.optimizer)(number - 1)),
             "tokens_per_second": tokens / seconds,
-            "seconds": seconds,
+            "step_time": seconds,
             **self.meter.sft(tree, seconds=seconds),
         }
         return StepResult(state, metrics)

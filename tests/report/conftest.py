@@ -65,7 +65,7 @@ def workdir(tmp_path: pathlib.Path) -> pathlib.Path:
     }
     (folder / "config.json").write_text(json.dumps({"config": config, "hash": "0123456789abcdef"}))
     rows = [
-        {"step": step, "phase": "sft", "loss": 1 / step, "seconds": 6.0} for step in range(1, 5)
+        {"step": step, "phase": "sft", "loss": 1 / step, "step_time": 6.0} for step in range(1, 5)
     ]
     rows += [
         {"step": step, "phase": "grpo", "reward": step / 10, "kl": 0.001 * step, "entropy": 0.5}

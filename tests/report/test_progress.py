@@ -32,6 +32,12 @@ def test_line_shows_known_figures_only() -> None:
     assert line == "[grpo 1/4]  0:02 elapsed, 0:06 to go  reward +1.23  format 97%  rollout"
 
 
+def test_a_phase_says_that_its_first_step_compiles() -> None:
+    assert Status(phase="grpo", total=9, note="update").doing == "update (compiling)"
+    assert Status(phase="grpo", total=9, note="rollout 8/64").doing == "rollout 8/64"
+    assert Status(phase="grpo", first=3, step=4, total=9, note="update").doing == "update"
+
+
 def test_plain_lines_for_phases_and_the_last_step() -> None:
     stream = io.StringIO()
     with contextlib.closing(PlainProgress(stream, heartbeat=60)) as progress:

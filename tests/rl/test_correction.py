@@ -10,6 +10,7 @@ import pytest
 from hypothesis import strategies as st
 
 from r1re_jax.rl.correction import (
+    LOGP_DIFFERENCE,
     chosen,
     correction_metrics,
     correction_sums,
@@ -131,14 +132,14 @@ def test_figures_by_hand() -> None:
         sums = {name: float(sum(part[name] for part in parts)) for name in parts[0]}
         got = correction_metrics(sums | {"tokens": float(mask.sum())})
         gap = (old - sampler)[mask].astype(np.float64)
-        np.testing.assert_allclose(got["sampler_kl"], (np.exp(gap) - 1 - gap).mean(), rtol=1e-4)
+        np.testing.assert_allclose(got["sampling/kl"], (np.exp(gap) - 1 - gap).mean(), rtol=1e-4)
         w = np.exp(gap) if weight is None else np.asarray(weight)[mask]
         np.testing.assert_allclose(
-            got["sampler_ess"], w.sum() ** 2 / (w**2).sum() / w.size, rtol=1e-4
+            got["sampling/ess"], w.sum() ** 2 / (w**2).sum() / w.size, rtol=1e-4
         )
-        np.testing.assert_allclose(got["sampler_masked"], (w == 0).mean(), rtol=1e-5)
+        np.testing.assert_allclose(got["sampling/masked"], (w == 0).mean(), rtol=1e-5)
     assert (
-        correction_metrics({**sums, "importance_squared": 0.0, "tokens": 0.0})["sampler_ess"] == 0
+        correction_metrics({**sums, "importance_squared": 0.0, "tokens": 0.0})["sampling/ess"] == 0
     )
 
 
@@ -157,15 +158,15 @@ def test_long_rows_are_reported_by_themselves() -> None:
     of_long = np.where(mask & long[..., None])
     assert 0 < of_long[0].size < mask.sum()
     gap = np.abs(old - sampler)[of_long].astype(np.float64)
-    np.testing.assert_allclose(got["logp_gap_long"], gap.mean(), rtol=1e-5)
+    np.testing.assert_allclose(got[f"{LOGP_DIFFERENCE}/mean_long"], gap.mean(), rtol=1e-5)
     np.testing.assert_allclose(
-        got["sampler_masked_long"], (np.asarray(weight)[of_long] == 0).mean(), rtol=1e-6
+        got["sampling/masked_long"], (np.asarray(weight)[of_long] == 0).mean(), rtol=1e-6
     )
-    assert 0 < got["sampler_masked_long"] < 1
+    assert 0 < got["sampling/masked_long"] < 1
     nothing = correction_sums(old, sampler, mask, long_PG=np.zeros((P, G), bool))
     sums = {name: float(value) for name, value in nothing.items()} | {"tokens": 1.0}
     found = correction_metrics(sums)
-    assert found["sampler_masked_long"] == found["logp_gap_long"] == 0
+    assert found["sampling/masked_long"] == found[f"{LOGP_DIFFERENCE}/mean_long"] == 0
 
 
 @pytest.mark.parametrize(

@@ -10,12 +10,15 @@ from flax import nnx
 
 from r1re_jax.model.qwen import abstract_qwen
 from r1re_jax.model.tree import Tree
+from r1re_jax.rl.correction import LOGP_DIFFERENCE
 from r1re_jax.rl.scoring import completion_logp
+from r1re_jax.rollout.rollout import Rollout
 from r1re_jax.task import tasks
 from r1re_jax.task.lessons import Lesson
 from r1re_jax.task.relations import Example
 from r1re_jax.task.rewards import Verdict, relation_reward
 from r1re_jax.train.drawing import question_ids
+from r1re_jax.train.figures import _lengths
 from r1re_jax.train.grpo import (
     GRPO,
     GRPOBlock,
@@ -89,20 +92,47 @@ def test_a_step_reports_itself(whole: StepResult) -> None:
     np.testing.assert_allclose(figures["reward_std"], rewards.std(1, ddof=1).mean(), rtol=1e-6)
     np.testing.assert_allclose(figures["frac_reward_zero_std"], (np.ptp(rewards, 1) == 0).mean())
     tokens = np.array([[s["tokens"] for s in row["samples"]] for row in whole.completions])
-    np.testing.assert_allclose(figures["length"], tokens.mean())
+    for figure in ("mean", "min", "max"):
+        length = getattr(tokens, figure)()
+        np.testing.assert_allclose(figures[f"completions/{figure}_length"], length)
     cut = np.array([[s["truncated"] for s in row["samples"]] for row in whole.completions])
-    np.testing.assert_allclose(figures["truncated"], cut.mean())
+    np.testing.assert_allclose(figures["completions/clipped_ratio"], cut.mean())
     assert figures["format_rate"] == figures["accuracy"] == 0
     assert figures["kl"] > 0 and figures["entropy"] > 0
-    assert figures["clip_low"] == figures["clip_high"] == figures["old_kl"] == 0, "on policy"
+    assert figures["clip_ratio/region_mean"] == figures["old_kl"] == 0, "on policy"
     assert figures["ratio"] == pytest.approx(1)
-    assert figures["logp_gap"] < figures["logp_gap_max"] < 1e-4, "sampler and trainer agree"
+    gap, largest = (figures[f"{LOGP_DIFFERENCE}/{of}"] for of in ("mean", "max"))
+    assert gap < largest < 1e-4, "sampler and trainer agree"
     assert figures["learning_rate"] == pytest.approx(1e-2)
-    names = "rollout", "reward", "reference", "update", "other"
-    assert figures["seconds"] == pytest.approx(sum(figures[f"seconds_{name}"] for name in names))
+    parts = [figures[f"step_time/{of}"] for of in "rollout reward reference update other".split()]
+    assert figures["step_time"] == pytest.approx(sum(parts))
     assert figures["tflops"] > 0
     assert not {"mfu", "hbm_use"} & figures.keys(), "nobody states the peak of a CPU"
     assert all(np.isfinite(value) for value in figures.values())
+
+
+def test_a_step_reports_each_relation(whole: StepResult) -> None:
+    by_relation: dict[str, list[float]] = {}
+    for row in whole.completions:
+        rewards = [sample["reward"] for sample in row["samples"]]
+        by_relation.setdefault(row["gold"].split("(")[0], []).extend(rewards)
+    assert len(by_relation) > 1
+    for relation, rewards in by_relation.items():
+        figure = whole.metrics[f"relations/{relation}/reward"]
+        np.testing.assert_allclose(figure, np.mean(rewards), rtol=1e-6)
+        assert whole.metrics[f"relations/{relation}/accuracy"] == 0
+
+
+def test_lengths_of_completions_that_ended_are_told_apart() -> None:
+    length = np.array([[[2, 5], [9, 9]]])
+    cut = np.array([[[False, False], [True, True]]])
+    rollout = Rollout(tokens=None, logp=None, length=length, truncated=cut)
+    found = _lengths(rollout)
+    assert (found["completions/min_length"], found["completions/max_length"]) == (2, 9)
+    assert found["completions/mean_terminated_length"] == 3.5
+    assert found["completions/max_terminated_length"] == 5
+    none = _lengths(dataclasses.replace(rollout, truncated=np.ones_like(cut)))
+    assert not any("terminated" in name for name in none) and none["completions/clipped_ratio"] == 1
 
 
 def test_completions_are_written_as_predictions_are(whole: StepResult) -> None:
@@ -132,9 +162,9 @@ def test_several_updates_on_the_same_completions() -> None:
     phase, state = _begin(settings)
     before = jax.device_get(state.params)
     first = phase.step(state, 1, tick=lambda note: None)
-    assert first.metrics["clip_low"] + first.metrics["clip_high"] > 0, "later ones are off policy"
+    assert first.metrics["clip_ratio/region_mean"] > 0, "later ones are off policy"
     assert first.metrics["old_kl"] > 0
-    assert first.metrics["logp_gap_max"] < 1e-4, "of the first update"
+    assert first.metrics[f"{LOGP_DIFFERENCE}/max"] < 1e-4, "of the first update"
     second = phase.step(first.state, 2, tick=lambda note: None)
     assert int(second.state.opt_state[1][0].count) == 6
     assert not np.array_equal(before["embed"], second.state.params["embed"])
@@ -302,8 +332,8 @@ def test_a_step_can_be_given_up_at_every_part() -> None:
     notes = []
     phase.step(_copy(state), 1, tick=notes.append)
     kinds = [note.split()[0] for note in notes]
-    assert kinds == ["rollout"] * 2 + ["reference"] * 2 + ["reward"] * 8 + ["update"] * 2
-    for place in (0, 3, 5, 10, 13):
+    assert kinds == ["rollout"] * 3 + ["reference"] * 2 + ["reward"] * 8 + ["update"] * 2
+    for place in (0, 4, 6, 11, 14):
         left = [place]
 
         def tick(note: str, left: list[int] = left) -> None:
@@ -321,7 +351,7 @@ def test_a_bfloat16_sampler_is_measured_against_the_trainer(whole: StepResult) -
     figures = _do(phase, state).metrics
     # Both round (see below) and, in a policy this small, to the same numbers: rounding hides the
     # order of their sums.
-    assert 0 < figures["logp_gap"] < figures["logp_gap_max"] < 0.5
+    assert 0 < figures[f"{LOGP_DIFFERENCE}/mean"] < figures[f"{LOGP_DIFFERENCE}/max"] < 0.5
     assert all(np.isfinite(value) for value in figures.values())
     assert state.params["embed"].dtype == np.float32
 

@@ -32,7 +32,7 @@ def test_one_total_is_the_default() -> None:
     expected = rl_formulas.advantages(rewards, "grpo")
     np.testing.assert_allclose(seen.joined("advantage_NPG")[0], expected, rtol=1e-4)
     assert "rewards" not in result.completions[0]["samples"][0]
-    assert not any(name.startswith("reward_f") or name == "overlong" for name in result.metrics)
+    assert not any(name.startswith("rewards/") for name in result.metrics)
 
 
 def test_totals_are_the_runs_own() -> None:
@@ -52,8 +52,8 @@ def test_parts_are_normalised_each_by_itself(kind: str) -> None:
     np.testing.assert_allclose(_of_samples(result, "advantage"), expected, rtol=1e-4, atol=1e-6)
     np.testing.assert_allclose(_of_samples(result, "reward"), 0.5 * formed + 2.0 * right)
     assert result.completions[0]["samples"][0]["rewards"].keys() == {"format", "answer"}
-    np.testing.assert_allclose(result.metrics["reward_format"], formed.mean(), rtol=1e-6)
-    np.testing.assert_allclose(result.metrics["reward_answer"], right.mean(), rtol=1e-6)
+    np.testing.assert_allclose(result.metrics["rewards/format/mean"], formed.mean(), rtol=1e-6)
+    np.testing.assert_allclose(result.metrics["rewards/answer/mean"], right.mean(), rtol=1e-6)
 
 
 def test_a_group_has_signal_where_any_part_differs() -> None:
@@ -89,7 +89,7 @@ def test_long_completions_lose_reward() -> None:
     np.testing.assert_allclose(
         seen.joined("advantage_NPG")[0], rl_formulas.advantages(expected, "grpo"), rtol=1e-3
     )
-    np.testing.assert_allclose(result.metrics["overlong"], penalty.mean(), rtol=1e-6)
+    np.testing.assert_allclose(result.metrics["rewards/overlong/mean"], penalty.mean(), rtol=1e-6)
 
 
 def test_the_penalty_can_be_a_part_by_itself() -> None:

@@ -113,7 +113,7 @@ def test_two_processes_make_the_same_updates(runs: tuple[pathlib.Path, pathlib.P
     assert [line["step"] for line in other] == [line["step"] for line in one]
     for line, same in zip(one, other, strict=True):
         assert line.keys() == same.keys()
-        for name in ("loss", "grad_norm", "reward", "entropy", "length"):
+        for name in ("loss", "grad_norm", "reward", "entropy", "completions/mean_length"):
             if name in line:
                 np.testing.assert_allclose(same[name], line[name], rtol=1e-5, atol=1e-7)
     steps = [sorted(p.name for p in (folder / "checkpoints").iterdir()) for folder in runs]

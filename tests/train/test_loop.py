@@ -123,7 +123,7 @@ def test_a_kill_changes_nothing(
         pass
 
     seldom = world.settings(inputs, **EVALUATED, checkpoint__every=0)
-    stop = StopAt("rollout", 8)
+    stop = StopAt("rollout", 10)
 
     def kill() -> None:
         if stop.reached:
@@ -245,10 +245,11 @@ def test_a_config_is_shown_with_its_parameters(
 ) -> None:
     recipe = "from ml_collections import ConfigDict\ndef get_config():\n    return ConfigDict("
     (tmp_path / "config.py").write_text(f"{recipe}{world.config(inputs)!r})\n")
-    done = _main("show", f"--config={tmp_path / 'config.py'}", "--config.grpo.group=5")
+    more = "--config.grpo.group=5", f"--json={tmp_path / 'shown.json'}"
+    done = _main("show", f"--config={tmp_path / 'config.py'}", *more)
     assert done.returncode == 0, done.stderr
-    shown, _, table = done.stdout.partition("hash ")
-    assert json.loads(shown)["grpo"]["group"] == 5
+    _, _, table = done.stdout.partition("hash ")
+    assert json.loads((tmp_path / "shown.json").read_text())["config"]["grpo"]["group"] == 5
     assert "layers.query.weight" in table and table.rstrip().splitlines()[-1].startswith("total")
     bad = _main("show", f"--config={tmp_path / 'config.py'}", "--config.grpo.group=1")
     assert bad.returncode == 1 and "it must be at least 2" in bad.stderr

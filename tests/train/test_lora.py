@@ -16,6 +16,7 @@ from r1re_jax.model.qwen import abstract_qwen
 from r1re_jax.model.tree import Level, Tree
 from r1re_jax.policy_files import load_policy
 from r1re_jax.policy_source import named_params
+from r1re_jax.rl.correction import LOGP_DIFFERENCE
 from r1re_jax.task import tasks
 from r1re_jax.train.config import read_settings
 from r1re_jax.train.grpo import make_grpo
@@ -205,7 +206,7 @@ def test_a_mesh_changes_no_grpo_step() -> None:
     for name in ("loss", "grad_norm", "kl", "reward", "entropy"):
         assert many.metrics[name] == pytest.approx(one.metrics[name], rel=1e-4), name
     assert one.metrics["kl"] > 0, "the reference is the base"
-    assert one.metrics["logp_gap_max"] < 1e-4, "sampler and trainer agree"
+    assert one.metrics[f"{LOGP_DIFFERENCE}/max"] < 1e-4, "sampler and trainer agree"
     for name, value in one.state.params.items():
         np.testing.assert_allclose(many.state.params[name], value, atol=5e-5, err_msg=name)
 

@@ -18,7 +18,7 @@ from tests.tiny import random_level, tiny_config
 from tests.train.world import mesh_of
 
 CONFIG = tiny_config()
-SECONDS = {"seconds": 4.0, "seconds_rollout": 0.5}
+SECONDS = {"step_time": 4.0, "step_time/rollout": 0.5}
 
 
 def _layout(mesh: tuple[int, int, int] = (1, 1, 1), *, dtype: str = "float32") -> Layout:

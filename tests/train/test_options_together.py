@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from r1re_jax.policy_files import load_policy
+from r1re_jax.rl.correction import LOGP_DIFFERENCE
 from r1re_jax.rollout.rollout import Rollout, generate
 from r1re_jax.task import tasks
 from r1re_jax.task.rewards import Verdict, relation_reward
@@ -75,11 +76,19 @@ def test_a_run_with_all_options_resumes_bit_by_bit(
         assert_bit_equal(*(checkpoint_params(of, 4, item=item) for of in (whole, stopped)))
     rows = metrics(whole)[1:]
     last = rows[-1]
-    assert all(0 < row["truncated"] < 1 for row in rows), "some are masked, and not all"
-    on = ("dual_clip", "entropy_bonus", "overlong", "reward_format", "reward_length")
-    assert all(name in last for name in (*on, "sampler_ess", "groups_drawn"))
+    assert all(0 < row["completions/clipped_ratio"] < 1 for row in rows), (
+        "some are masked, and not all"
+    )
+    on = (
+        "clip_ratio/dual_mean",
+        "entropy_bonus",
+        "rewards/overlong/mean",
+        "rewards/format/mean",
+        "rewards/length/mean",
+    )
+    assert all(name in last for name in (*on, "sampling/ess", "groups_drawn"))
     assert last["entropy_bonus"] > 0 and last["kl"] > 0
-    assert last["logp_gap"] > 1e-4, "the sampler rounds"
+    assert last[f"{LOGP_DIFFERENCE}/mean"] > 1e-4, "the sampler rounds"
     hashes = json.loads((whole / "policy" / "r1re.json").read_text())["guide_sha256"]
     assert sorted(hashes) == ["Other", "Tiny"]
     asked = load_policy(whole, step=4).encoder.template.guide

@@ -12,6 +12,7 @@ import pytest
 from r1re_jax.model.int8 import Quantisation
 from r1re_jax.model.lora import Lora, adapt
 from r1re_jax.model.qwen import abstract_qwen
+from r1re_jax.rl.correction import LOGP_DIFFERENCE
 from r1re_jax.rl.kinds import CorrectionKind
 from r1re_jax.task import tasks
 from r1re_jax.train.grpo import GRPO, make_grpo
@@ -126,12 +127,12 @@ def test_the_samplers_weights_are_the_policys_rounded(mesh: tuple[int, int, int]
 
 def test_a_step_reports_what_the_sampler_rounds() -> None:
     figures = _step(SETTINGS).metrics
-    assert 1e-4 < figures["logp_gap"] < figures["logp_gap_max"] < 0.1
-    assert 1e-4 < figures["logp_gap_long"] < figures["logp_gap_max"]
-    assert 0 < figures["sampler_kl"] < 1e-2 and 0.9 < figures["sampler_ess"] < 1
-    assert figures["sampler_masked"] == figures["sampler_masked_long"] == 0
+    assert 1e-4 < figures[f"{LOGP_DIFFERENCE}/mean"] < figures[f"{LOGP_DIFFERENCE}/max"] < 0.1
+    assert 1e-4 < figures[f"{LOGP_DIFFERENCE}/mean_long"] < figures[f"{LOGP_DIFFERENCE}/max"]
+    assert 0 < figures["sampling/kl"] < 1e-2 and 0.9 < figures["sampling/ess"] < 1
+    assert figures["sampling/masked"] == figures["sampling/masked_long"] == 0
     strict = _step(dataclasses.replace(SETTINGS, correction_limit=1.0)).metrics
-    assert 0 < strict["sampler_masked"] < 1 and 0 < strict["sampler_masked_long"] <= 1
+    assert 0 < strict["sampling/masked"] < 1 and 0 < strict["sampling/masked_long"] <= 1
 
 
 def test_a_sampler_that_rounds_too_much_stops_the_run() -> None:
@@ -143,7 +144,12 @@ def test_a_mesh_changes_no_step() -> None:
     one, many = _step(SETTINGS), _step(SETTINGS, (2, 2, 2))
     texts = [[[s["text"] for s in row["samples"]] for row in x.completions] for x in (one, many)]
     assert texts[0] == texts[1]
-    for name in ("loss", "logp_gap", "logp_gap_long", "sampler_kl"):
+    for name in (
+        "loss",
+        f"{LOGP_DIFFERENCE}/mean",
+        f"{LOGP_DIFFERENCE}/mean_long",
+        "sampling/kl",
+    ):
         assert many.metrics[name] == pytest.approx(one.metrics[name], rel=2e-2, abs=1e-4), name
 
 
@@ -161,7 +167,7 @@ def test_an_adapter_is_trained_beside_an_int8_base() -> None:
     state = create_state(adapter, phase.optimizer, layout)
     result = phase.step(state, 1, tick=lambda note: None)
     assert result.state.params.keys() == layout.shapes.keys()
-    assert 1e-4 < result.metrics["logp_gap"] < 0.1
+    assert 1e-4 < result.metrics[f"{LOGP_DIFFERENCE}/mean"] < 0.1
 
 
 def test_a_run_with_both_saves_floats(tmp_path: pathlib.Path) -> None:
@@ -173,6 +179,9 @@ def test_a_run_with_both_saves_floats(tmp_path: pathlib.Path) -> None:
     world.train(settings, tmp_path / "run")
     rows = world.metrics(tmp_path / "run")
     assert [row["phase"] for row in rows] == ["sft", "grpo", "grpo"]
-    assert all(0 < row["logp_gap"] < 0.1 and "sampler_masked_long" in row for row in rows[1:])
+    assert all(
+        0 < row[f"{LOGP_DIFFERENCE}/mean"] < 0.1 and "sampling/masked_long" in row
+        for row in rows[1:]
+    )
     saved = world.checkpoint_params(tmp_path / "run", 3)
     assert all(value.dtype == np.float32 for value in saved.values()), "never int8"

@@ -7,6 +7,7 @@ import jax
 import numpy as np
 import pytest
 
+from r1re_jax.rl.correction import LOGP_DIFFERENCE
 from r1re_jax.rl.kinds import CorrectionKind
 from r1re_jax.task import tasks
 from r1re_jax.train.grpo import GRPO, make_grpo
@@ -79,16 +80,16 @@ def test_a_run_draws_with_the_model_that_it_trains() -> None:
     phase = _begin(SETTINGS)
     assert phase.correction is CorrectionKind.NONE
     figures = _step(phase).metrics
-    assert figures["sampler_kl"] < 1e-6 and figures["sampler_masked"] == 0
-    assert figures["sampler_ess"] == pytest.approx(1, abs=1e-5)
+    assert figures["sampling/kl"] < 1e-6 and figures["sampling/masked"] == 0
+    assert figures["sampling/ess"] == pytest.approx(1, abs=1e-5)
 
 
 def test_a_sampler_of_another_precision_is_corrected_by_itself() -> None:
     phase = _begin(SETTINGS, sampler="bfloat16")
     assert phase.correction is CorrectionKind.SEQUENCE_MASK
     figures = _step(phase).metrics
-    assert figures["logp_gap"] > 1e-4, "it rounds"
-    assert 0 < figures["sampler_kl"] < 1e-2 and 0.9 < figures["sampler_ess"] < 1
+    assert figures[f"{LOGP_DIFFERENCE}/mean"] > 1e-4, "it rounds"
+    assert 0 < figures["sampling/kl"] < 1e-2 and 0.9 < figures["sampling/ess"] < 1
     switched = _begin(dataclasses.replace(SETTINGS, correction="none"), sampler="bfloat16")
     assert switched.correction is CorrectionKind.NONE
 
@@ -107,6 +108,6 @@ def test_a_correction_changes_the_step() -> None:
     assert all(one == texts[0] for one in texts), "the same completions"
     norms = {kind: result.metrics["grad_norm"] for kind, result in results.items()}
     assert len({round(norm, 6) for norm in norms.values()}) == len(kinds), norms
-    masked = {kind: result.metrics["sampler_masked"] for kind, result in results.items()}
+    masked = {kind: result.metrics["sampling/masked"] for kind, result in results.items()}
     for kind in kinds:
         assert (masked[kind] > 0) == kind.endswith("mask"), masked

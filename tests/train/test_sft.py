@@ -67,7 +67,7 @@ def test_loss_is_the_mean_negative_log_probability_of_completion_tokens(whole) -
         losses += [-logp_TV[place - 1, row[place]] for place in range(start, len(row))]
     _, first, _ = whole
     np.testing.assert_allclose(first.metrics["loss"], np.mean(losses), rtol=1e-5)
-    np.testing.assert_allclose(first.metrics["length"], len(losses) / 8)
+    np.testing.assert_allclose(first.metrics["completions/mean_length"], len(losses) / 8)
     assert first.metrics["learning_rate"] == pytest.approx(1e-2)
 
 
@@ -117,7 +117,7 @@ def test_micro_batches_change_nothing(whole, micro_batch: int) -> None:
     phase, state = _begin(dataclasses.replace(SETTINGS, micro_batch=micro_batch))
     result = _do(phase, state)
     _, first, _ = whole
-    for name in ("loss", "entropy", "grad_norm", "length"):
+    for name in ("loss", "entropy", "grad_norm", "completions/mean_length"):
         np.testing.assert_allclose(result.metrics[name], first.metrics[name], rtol=1e-5)
     _close(result.state.params, first.state.params)
 

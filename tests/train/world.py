@@ -30,7 +30,7 @@ from tests.tiny import GUIDE, tiny_guide, tiny_policy
 
 LIMITS = Limits(guide=400, question=48, completion=56)
 # What names of figures begin with that depend on the clock: they differ between equal runs.
-TIMED = "seconds", "tokens_per_second", "tflops", "mfu", "hbm_use"
+TIMED = "step_time", "tokens_per_second", "tflops", "mfu", "hbm_use"
 
 
 def one_device_mesh() -> Mesh:

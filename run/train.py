@@ -18,8 +18,9 @@ from absl import app, flags, logging
 
 from r1re_jax import hosts
 from r1re_jax.report.progress import open_progress
-from r1re_jax.report.writers import JsonlWriter, TensorBoardWriter, Writer
-from r1re_jax.train.config import read_settings
+from r1re_jax.report.trackers import check_trackers, open_trackers
+from r1re_jax.report.writers import JsonlWriter, Writer
+from r1re_jax.train.config import read_settings, resolved
 from r1re_jax.train.hooks import Hooks
 from r1re_jax.train.loop import Outcome, run_training
 from r1re_jax.train.parity import ParityError
@@ -62,8 +63,10 @@ def train(
             if not hosts.is_first():
                 return ()
             numbers = JsonlWriter(workdir / "metrics.jsonl", resume_step=resume_step)
-            board = TensorBoardWriter(workdir / "tensorboard", resume_step=resume_step)
-            return numbers, board, progress
+            shown = open_trackers(
+                settings.log, workdir, config=resolved(settings), resume_step=resume_step
+            )
+            return numbers, *shown, progress
 
         def poll() -> None:
             number = hosts.agreed(signals.requested or 0)
@@ -78,6 +81,7 @@ def train(
         )
         try:
             settings = read_settings(config)
+            check_trackers(settings.log)
             with contextlib.closing(profiler):
                 outcome = run_training(settings, workdir, hooks=hooks)
         except (ValueError, OSError, NonFiniteError, ParityError, SamplerDriftError) as error:

@@ -187,10 +187,18 @@ class LogSettings:
     Attributes:
         every: steps between lines of metrics.jsonl; steps with an evaluation have one always.
         completions: steps between files of completions; 0 for none.
+        tensorboard: write TensorBoard's files beside metrics.jsonl.
+        wandb: report to Weights & Biases, see `r1re_jax.report.trackers`.
+        trackio: report to trackio.
+        project: what wandb and trackio gather the run under.
     """
 
     every: int = 1
     completions: int = 10
+    tensorboard: bool = True
+    wandb: bool = False
+    trackio: bool = False
+    project: str = "r1re_jax"
 
     def __post_init__(self) -> None:
         """Refuse negative intervals."""

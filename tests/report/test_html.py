@@ -5,6 +5,7 @@ import json
 import pathlib
 import re
 import shutil
+import subprocess
 
 import pytest
 
@@ -54,6 +55,28 @@ def test_page_is_self_contained_and_text_stays_text(workdir: pathlib.Path) -> No
     assert "advantage −0.50" in text
     assert list(workdir.glob("*.tmp")) == []
     assert {path.stem for path in workdir.glob("curves/*.png")} >= {"accuracy", "reward"}
+
+
+@pytest.mark.parametrize("scheme", ["dark", "light"])
+def test_a_browser_shows_it_without_a_complaint(
+    workdir: pathlib.Path, tmp_path: pathlib.Path, scheme: str
+) -> None:
+    chromium = shutil.which("chromium")
+    if chromium is None:
+        pytest.skip("no chromium on the PATH")
+    flags = ["--headless", "--no-sandbox", "--disable-gpu", "--enable-logging=stderr"]
+    flags += [f"--user-data-dir={tmp_path / 'profile'}", "--dump-dom"]
+    flags += [f"--blink-settings=preferredColorScheme={int(scheme == 'light')}"]
+    found = subprocess.run(
+        [chromium, *flags, write_report(workdir).as_uri()],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=True,
+    )
+    assert "CONSOLE" not in found.stderr
+    page = _Page(found.stdout)
+    assert "script" not in page.tags and any(HOSTILE in word for word in page.words)
 
 
 @pytest.mark.usefixtures("quick")

@@ -1,6 +1,7 @@
 """The small base policy that ships with the package, from miniworld lessons alone.
 
 command:   bash run/base.sh     (untrained policy, then the stages below, each from the one before)
+argument:  a stage, smoke: two steps
 hardware:  2 CPU cores
 stages:    short   definitions without meaning, to be quoted, and invented guides of two to four
                    relations with plain sentences
@@ -9,6 +10,8 @@ None sees anything of the general or the medical domain: what is taught is to re
 """
 
 from ml_collections import ConfigDict
+
+from configs import arguments
 
 STAGES = {
     "short": dict(
@@ -42,11 +45,12 @@ STAGES = {
 }
 
 
-def get_config(stage: str = "full") -> ConfigDict:
+def get_config(arg: str = "full") -> ConfigDict:
     """Return the config of a stage."""
-    one = STAGES[stage]
+    asked = arguments.parse(arg, variants=STAGES)
+    one = STAGES[asked.variant or "full"]
     schedule = "cosine" if one["decay_steps"] else "constant"
-    return ConfigDict(
+    config = ConfigDict(
         dict(
             seed=0,
             model=dict(path=one["start"], dtype="float32", remat="none"),
@@ -73,3 +77,4 @@ def get_config(stage: str = "full") -> ConfigDict:
             log=dict(every=10, completions=0),
         )
     )
+    return asked.applied(config, smoke={"sft.steps": 2})

@@ -4,6 +4,7 @@ The base policy has seen marked pairs alone, so that SFT teaches the form of an 
 recipe shows the task from end to end; the policy is too small to get good at it in that time.
 
 command:   python -m run.train --config=configs/miniworld_triplets.py --workdir=runs/triplets
+argument:  n=G completions a question; smoke: a run of a minute
 hardware:  2 CPU cores
 time:      25 minutes beside other work
 score:     after SFT 55 % well formed in domain, greedy, and no entity right; GRPO raises the reward
@@ -12,13 +13,21 @@ score:     after SFT 55 % well formed in domain, greedy, and no entity right; GR
 
 from ml_collections import ConfigDict
 
+from configs import arguments
+
 # Guides of a step, and questions of each.
 TREES, QUESTIONS = 2, 4
 # Sentences of the held-out sets are written from this seed, the run from another.
 HELD_OUT = 1
 
 
-def get_config() -> ConfigDict:
+SMOKE = {
+    **{"sft.steps": 2, "grpo.steps": 1, "grpo.group": 2},
+    **{f"data.eval.{name}.options.count": 4 for name in ("in_domain", "ood")},
+}
+
+
+def get_config(arg: str = "") -> ConfigDict:
     """Return the recipe."""
     stages = [
         dict(
@@ -31,7 +40,7 @@ def get_config() -> ConfigDict:
             spelled=0.2,
         )
     ]
-    return ConfigDict(
+    config = ConfigDict(
         dict(
             seed=0,
             task="triplets",
@@ -76,6 +85,7 @@ def get_config() -> ConfigDict:
             log=dict(every=1, completions=10),
         )
     )
+    return arguments.parse(arg).applied(config, smoke=SMOKE)
 
 
 def _held_out(**options: object) -> dict[str, object]:

@@ -5,6 +5,8 @@ Hyper-parameters of the paper (arXiv 2507.04642): 32 prompts of 16 completions a
 defaults of the framework that it used.
 
 command:   R1RE_DATA=FOLDER python -m run.train --config=configs/semeval_7b.py[:SLICE] --workdir=W
+argument:  SLICE, n=G completions a question, smoke: the small base policy in place of Qwen, two
+           steps on a CPU with the same data
 check:     python -m run.compile --config=configs/semeval_7b.py:SLICE --topology=TOPOLOGY
 data:      FOLDER/semeval2010/{train.jsonl,test.jsonl,guideline.md}, or the official TXT files
            by data.train.kind
@@ -18,6 +20,8 @@ memory:    GiB a chip as compiled (docs/tpu.md): v5e-16 13.2 of 16, with a first
 import dataclasses
 
 from ml_collections import ConfigDict
+
+from configs import arguments
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -55,13 +59,23 @@ SLICES = {
 }
 
 
-def get_config(arg: str = "v5e-16") -> ConfigDict:
+# With the base policy, its tokens and its speed.
+SMOKE = {
+    **{"model.path": "base:miniworld", "model.preset": "", "model.dtype": "float32"},
+    **{"limits.guide": 2048, "limits.question": 256, "limits.completion": 32},
+    **{"grpo.steps": 2, "grpo.questions": 2, "grpo.group": 2, "grpo.chunk": 16},
+    **{"grpo.micro_batch": 0, "grpo.micro_group": 0, "grpo.smallest_batch": 1},
+    **{"grpo.smallest_cache": 0, "mesh.fsdp": 1, "mesh.drawing_tensor": 0},
+    **{"evaluate.samples": 1, "evaluate.batch": 4, "data.eval.test.limit": 4},
+}
+
+
+def get_config(arg: str = "") -> ConfigDict:
     """Return the recipe for a slice."""
-    if arg not in SLICES:
-        raise ValueError(f"semeval_7b.py:{arg}: expected one of {', '.join(SLICES)}")
-    of, guide = SLICES[arg], "semeval2010/guideline.md"
+    asked = arguments.parse(arg, variants=SLICES)
+    of, guide = SLICES[asked.variant or "v5e-16"], "semeval2010/guideline.md"
     official = dict(kind="jsonl", guide=guide, protocol="official")
-    return ConfigDict(
+    config = ConfigDict(
         dict(
             seed=0,
             model=dict(
@@ -101,3 +115,4 @@ def get_config(arg: str = "v5e-16") -> ConfigDict:
             log=dict(completions=10),
         )
     )
+    return asked.applied(config, smoke=SMOKE)

@@ -4,6 +4,7 @@ command:   R1RE_DATA=FOLDER python -m run.train --config=configs/semeval_nano.py
 data:      FOLDER/semeval2010/{train,test}.jsonl, or the official TXT files by
            --config.data.train.kind=semeval2010 --config.data.train.path=TRAIN_FILE.TXT
            (an empty path reads the Hugging Face hub)
+argument:  n=G completions a question; smoke: a run of a minute
 hardware:  2 CPU cores
 time:      37 minutes for GRPO with its evaluation, beside other work
 score:     16 % after SFT, 37 % after GRPO (Avg@4 of the 2,717 test sentences, one seed)
@@ -11,12 +12,19 @@ score:     16 % after SFT, 37 % after GRPO (Avg@4 of the 2,717 test sentences, o
 
 from ml_collections import ConfigDict
 
+from configs import arguments
 
-def get_config() -> ConfigDict:
+SMOKE = {
+    **{"sft.steps": 2, "sft.questions": 8, "grpo.steps": 2, "grpo.questions": 4, "grpo.group": 4},
+    **{"data.eval.test.limit": 8, "evaluate.samples": 2},
+}
+
+
+def get_config(arg: str = "") -> ConfigDict:
     """Return the recipe."""
     guide = "packaged:semeval2010_short"
     official = dict(kind="jsonl", guide=guide, protocol="official")
-    return ConfigDict(
+    config = ConfigDict(
         dict(
             seed=0,
             model=dict(path="base:miniworld", dtype="float32", remat="none"),
@@ -52,3 +60,4 @@ def get_config() -> ConfigDict:
             log=dict(every=1, completions=25),
         )
     )
+    return arguments.parse(arg).applied(config, smoke=SMOKE)

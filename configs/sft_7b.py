@@ -3,6 +3,7 @@
 Hyper-parameters of the paper (arXiv 2507.04642): learning rate 5e-6, batches of 16, 600 steps.
 
 command:   R1RE_DATA=FOLDER python -m run.train --config=configs/sft_7b.py[:SLICE] --workdir=W
+argument:  SLICE, smoke: as semeval_7b.py
 check:     python -m run.compile --config=configs/sft_7b.py:SLICE --topology=TOPOLOGY
 data:      as semeval_7b.py
 hardware:  as semeval_7b.py
@@ -11,10 +12,12 @@ memory:    not compiled yet
 
 from ml_collections import ConfigDict
 
-from configs import semeval_7b
+from configs import arguments, semeval_7b
+
+SMOKE = {"sft.steps": 2, "sft.questions": 2}
 
 
-def get_config(arg: str = "v5e-16") -> ConfigDict:
+def get_config(arg: str = "") -> ConfigDict:
     """Return the recipe for a slice of semeval_7b.py."""
     config = semeval_7b.get_config(arg)
     config.sft = ConfigDict(
@@ -28,4 +31,4 @@ def get_config(arg: str = "v5e-16") -> ConfigDict:
         )
     )
     del config.grpo
-    return config
+    return arguments.parse(arg, variants=semeval_7b.SLICES).applied(config, smoke=SMOKE)

@@ -3,6 +3,7 @@
 command:   python -m run.fetch smollm2-135m
            R1RE_DATA=FOLDER python -m run.train --config=configs/smollm2_semeval.py --workdir=W
 data:      FOLDER/semeval2010/{train,test}.jsonl, or the official TXT files, as in semeval_nano.py
+argument:  n=G completions a question; smoke: a run of some minutes
 hardware:  2 CPU cores, 12 GiB of memory (9.1 GiB were used)
 time:      beside tests a GRPO step took 83 s: 16 s of rollout, 12 s of reference, 55 s of update
 score:     not run to the end; docs/results/smollm2_semeval has a short run
@@ -10,11 +11,18 @@ score:     not run to the end; docs/results/smollm2_semeval has a short run
 
 from ml_collections import ConfigDict
 
+from configs import arguments
 
-def get_config() -> ConfigDict:
+SMOKE = {
+    **{"sft.steps": 1, "grpo.steps": 1, "grpo.questions": 2, "grpo.group": 2},
+    **{"data.eval.test.limit": 4, "evaluate.samples": 1},
+}
+
+
+def get_config(arg: str = "") -> ConfigDict:
     """Return the recipe."""
     guide = "packaged:semeval2010_short"
-    return ConfigDict(
+    config = ConfigDict(
         dict(
             seed=0,
             model=dict(path="smollm2-135m", dtype="float32", remat="none"),
@@ -58,3 +66,4 @@ def get_config() -> ConfigDict:
             log=dict(every=1, completions=1),
         )
     )
+    return arguments.parse(arg).applied(config, smoke=SMOKE)

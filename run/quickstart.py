@@ -1,9 +1,10 @@
 """Run the main job on the embedded default: SFT, GRPO, evaluation, export, report.
 
-python -m run.quickstart
+python -m run.quickstart [--smoke]
 
 R1RE_SEED sets the training seed, R1RE_OUT the folder (runs/quickstart). The last line is JSON. A
-second call goes on where the first was interrupted.
+second call goes on where the first was interrupted. --smoke takes a few steps of each phase: it
+shows that everything works here, and not how well it learns.
 """
 
 import contextlib
@@ -13,6 +14,7 @@ import pathlib
 import sys
 import time
 
+from absl import app, flags
 from rich.console import Console
 
 from configs import miniworld
@@ -20,15 +22,19 @@ from r1re_jax.report import quickstart
 from r1re_jax.report.history import read_history
 from run.train import train
 
+SMOKE = flags.DEFINE_bool("smoke", False, "a few steps of each phase")
 
-def main() -> None:
+
+def main(argv: list[str]) -> None:
     """Train both policies and show what came out."""
+    if len(argv) > 1:
+        raise app.UsageError(f"unexpected arguments {argv[1:]}")
     start = float(os.environ.get("R1RE_START", time.time()))
     seed = int(os.environ.get("R1RE_SEED", "0"))
     out = pathlib.Path(os.environ.get("R1RE_OUT", "runs/quickstart")) / f"seed-{seed}"
     finished = {}
     for variant in ("", "sft_only"):
-        config = miniworld.get_config(variant)
+        config = miniworld.get_config(f"{variant},smoke" if SMOKE.value else variant)
         config.seed = seed
         again = "bash run/quickstart.sh, with the same R1RE_SEED and R1RE_OUT"
         finished[variant] = train(config, out / (variant or "grpo"), again=again)
@@ -46,4 +52,4 @@ def main() -> None:
 
 if __name__ == "__main__":
     with contextlib.suppress(BrokenPipeError):
-        main()
+        app.run(main)

@@ -3,7 +3,7 @@
 import sys
 from collections.abc import Sequence
 
-from absl import app, flags
+from absl import flags
 from ml_collections import config_flags
 
 
@@ -25,8 +25,12 @@ def define_config() -> flags.FlagHolder:
 
 
 def parse(argv: Sequence[str]) -> list[str]:
-    """Parse flags, for `app.run`; say which section a key lacks instead of how that came out."""
+    """Parse flags, for `app.run`; say what is wrong in a line, not how that came out."""
     try:
-        return app.parse_flags_with_usage(argv)
+        return flags.FLAGS(list(argv))
+    except flags.Error as error:
+        # Of a recipe that fails absl's message is a traceback, whose last line says why.
+        lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+        sys.exit(f"{lines[-1].removeprefix('ValueError: ')}\nPass --help for help on flags.")
     except KeyError as error:
         sys.exit(f"--config: the recipe has no section for one of the keys: {error.args[0]}")

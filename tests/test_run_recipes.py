@@ -20,12 +20,21 @@ def show(*args: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
 
 
-def test_a_flag_sets_keys_that_the_recipe_has_and_lacks() -> None:
-    process = show(RECIPE, "--config.grpo.steps=7", "--config.grpo.loss=dr_grpo")
+def test_a_flag_sets_keys_that_the_recipe_has_and_lacks(tmp_path: pathlib.Path) -> None:
+    found = tmp_path / "found.json"
+    flags = "--config.grpo.steps=7", "--config.grpo.loss=dr_grpo", f"--json={found}"
+    process = show(f"{RECIPE}:sft_only", *flags)
     assert process.returncode == 0, process.stderr
-    settings = json.loads(process.stdout[: process.stdout.index("\nhash ")])
-    assert settings["grpo"]["steps"] == 7
-    assert settings["grpo"]["loss"] == "dr_grpo"
+    shown = json.loads(found.read_text())
+    assert shown["config"]["grpo"]["steps"] == 7
+    assert shown["config"]["grpo"]["loss"] == "dr_grpo"
+    origins = shown["origins"]
+    assert origins["grpo.steps"] == origins["grpo.loss"] == "flag"
+    assert (origins["grpo.group"], origins["grpo.clip_low"]) == ("recipe", "default")
+    rows = [line.split() for line in process.stdout.splitlines()]
+    assert ["grpo.steps", "7", "flag"] in rows and ["grpo.group", "8", "recipe"] in rows
+    assert f"hash {shown['hash']}" in process.stdout
+    assert any(row[:1] == ["layers.gate.weight"] for row in rows)
 
 
 @pytest.mark.parametrize(

@@ -6,7 +6,7 @@ import enum
 import hashlib
 import json
 import typing
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from typing import Any
 
 from r1re_jax.train.fields import FLAT
@@ -68,6 +68,28 @@ def flat_keys(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str
             yield from flat_keys(value, f"{prefix}{name}.")
         else:
             yield prefix + name, value
+
+
+def origins(
+    settings: Settings, config: Mapping[str, Any], *, by_flag: Collection[str] = ()
+) -> dict[str, tuple[Any, str]]:
+    """Return dotted key -> (value, where it is from): `flag`, `recipe` or `default`.
+
+    Args:
+        settings: as `read_settings` made them of `config`.
+        config: what was given: of a recipe, with flags applied.
+        by_flag: dotted keys that a flag set; of a section, all keys below.
+    """
+    values = config.to_dict() if hasattr(config, "to_dict") else config
+    given = {key for key, _ in flat_keys(values)}
+
+    def origin(key: str) -> str:
+        above = {key[:end] for end, letter in enumerate(key) if letter == "."} | {key}
+        if above & set(by_flag):
+            return "flag"
+        return "recipe" if above & given else "default"
+
+    return {key: (value, origin(key)) for key, value in flat_keys(resolved(settings))}
 
 
 def is_safe(key: str) -> bool:

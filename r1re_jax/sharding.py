@@ -47,6 +47,27 @@ RULES: Mapping[str, Rule] = {
 }
 
 
+# Memory of the host that the devices read from: for arrays that few programs need.
+HOST = "pinned_host"
+
+
+def on_host(where: NamedSharding) -> NamedSharding:
+    """Return the sharding with its shards in the host's memory, each beside its device."""
+    return where.with_memory_kind(HOST)
+
+
+def on_device(tree: Any) -> Any:
+    """Bring arrays that lie in the host's memory to their devices, within a program."""
+
+    def move(x: jax.Array) -> jax.Array:
+        if jax.typeof(x).memory_space == jax.memory.Space.Host:
+            # Else XLA's TPU compiler moves copies past reshapes, and fails at some.
+            return jax.lax.optimization_barrier(jax.device_put(x, jax.memory.Space.Device))
+        return x
+
+    return jax.tree.map(move, tree)
+
+
 def param(value: jax.Array, axes: tuple[str, ...]) -> nnx.Param:
     """Make a parameter that knows the logical names of its axes."""
     return nnx.Param(value, logical_axes=axes)

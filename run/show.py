@@ -17,8 +17,8 @@ from rich.table import Table
 from rich.text import Text
 
 from r1re_jax.train.config import configuration_hash, origins, read_settings, resolved
-from r1re_jax.train.start import abstract_model, run_mesh
-from r1re_jax.train.state import model_layout, parameter_table
+from r1re_jax.train.start import run_layout, run_mesh
+from r1re_jax.train.state import parameter_table
 from r1re_jax.train.workdir import write_json
 from run.recipe import define_config, parse
 
@@ -32,7 +32,7 @@ def main(argv: list[str]) -> None:
         raise app.UsageError(f"unexpected arguments {argv[1:]}")
     try:
         settings = read_settings(CONFIG.value)
-        layout = model_layout(abstract_model(settings), run_mesh(settings))
+        layout = run_layout(settings, run_mesh(settings))
     except (ValueError, OSError) as error:
         sys.exit(f"run.show: {error}")
     by_flag = config_flags.get_override_values(flags.FLAGS["config"])

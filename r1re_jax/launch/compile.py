@@ -26,19 +26,19 @@ from r1re_jax.rollout.decode import decode_chunk, prefill, start_state
 from r1re_jax.rollout.sampling import SamplingSettings
 from r1re_jax.rollout.shapes import widths
 from r1re_jax.rollout.state import Program
+from r1re_jax.sharding import on_host
 from r1re_jax.train.batch import Block, blocks, check_batches, grpo_blocks
 from r1re_jax.train.grpo import GRPOBlock, make_grpo
 from r1re_jax.train.grpo_settings import GRPOSettings, QuantiseSettings
 from r1re_jax.train.sampler import Sampler
 from r1re_jax.train.settings import Settings, SFTSettings
 from r1re_jax.train.sft import SFTBlock, make_sft
-from r1re_jax.train.start import abstract_model, run_sampler
+from r1re_jax.train.start import abstract_model, run_layout, run_sampler
 from r1re_jax.train.state import (
     Layout,
     Params,
     TrainState,
     abstract_state,
-    model_layout,
     model_state,
 )
 from r1re_jax.train.update import Programs
@@ -98,7 +98,7 @@ def compile_run(settings: Settings, mesh: Mesh, *, rates: Rates | None = None) -
         (the gradient of a micro-batch), `add` where there are several, and `apply` (the optimizer).
         Where there is a warm start before GRPO, its updates are `sft_…`.
     """
-    layout = model_layout(abstract_model(settings), mesh)
+    layout = run_layout(settings, mesh)
     policy = {**layout.frozen, **layout.shapes}
     compared = settings.grpo.steps and settings.grpo.kl_coefficient
     run = _Run(
@@ -107,7 +107,7 @@ def compile_run(settings: Settings, mesh: Mesh, *, rates: Rates | None = None) -
         sampler=run_sampler(settings, layout, QuantiseSettings()),
         rates=rates,
         policy=policy,
-        reference=_read_only(policy, layout) if compared else {},
+        reference=_read_only(policy, layout, settings) if compared else {},
     )
     if settings.grpo.steps:
         yield from _grpo(run)
@@ -258,12 +258,13 @@ def _useful_flops(run: _Run, of: GRPOSettings | SFTSettings) -> int:
     return 6 * sum(sizes.values()) * load.tokens + 3 * pair_flops(config) * load.pairs
 
 
-def _read_only(policy: Params, layout: Layout) -> Params:
+def _read_only(policy: Params, layout: Layout, settings: Settings) -> Params:
     """Return the shapes of a policy that is only read: held as the forward computes."""
     dtype = nnx.merge(layout.graph, model_state(policy)).dtype
+    where = on_host if settings.mesh.reference_on_host else lambda sharding: sharding
     return {
         name: jax.ShapeDtypeStruct(
-            x.shape, x.dtype if x.dtype == jnp.int8 else dtype, sharding=x.sharding
+            x.shape, x.dtype if x.dtype == jnp.int8 else dtype, sharding=where(x.sharding)
         )
         for name, x in policy.items()
     }

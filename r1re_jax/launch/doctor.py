@@ -40,8 +40,8 @@ from r1re_jax.train.data import (
 from r1re_jax.train.grpo_settings import GRPOSettings
 from r1re_jax.train.parity import check_run
 from r1re_jax.train.settings import Phase, Settings, SFTSettings
-from r1re_jax.train.start import Start, abstract_model, load_start, run_mesh
-from r1re_jax.train.state import Layout, model_layout, parameter_bytes
+from r1re_jax.train.start import Start, load_start, run_layout, run_mesh
+from r1re_jax.train.state import Layout, parameter_bytes
 from r1re_jax.train.workdir import WorkdirError, check_workdir, newest_step, versions
 
 # Steps whose lessons are looked at where lessons are made as they are asked for.
@@ -194,7 +194,7 @@ def _devices(settings: Settings) -> Finding:
 
 def _parameters(settings: Settings, mesh: Mesh) -> Finding:
     """Heads, vocabulary and widths must divide by the mesh."""
-    layout = model_layout(abstract_model(settings), mesh)
+    layout = run_layout(settings, mesh)
     total, local = parameter_bytes(layout)
     facts = {
         "parameters": f"{sum(shape.size for shape in layout.shapes.values()):,}",

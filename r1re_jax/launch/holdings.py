@@ -18,8 +18,8 @@ from r1re_jax.model.int8 import Quantisation
 from r1re_jax.train.batch import grpo_blocks
 from r1re_jax.train.optimizer import make_optimizer
 from r1re_jax.train.settings import Phase, Settings
-from r1re_jax.train.start import abstract_model, run_sampler
-from r1re_jax.train.state import Layout, abstract_state, model_layout, model_state
+from r1re_jax.train.start import abstract_model, run_layout, run_sampler
+from r1re_jax.train.state import Layout, abstract_state, model_state
 
 
 class HoldingsError(ValueError):
@@ -73,14 +73,15 @@ class Holdings:
             raise HoldingsError(
                 f"the run holds {most / GIB:.2f} GiB on each device, which has {limit / GIB:.2f}:"
                 f" {', '.join(f'{name} {size}' for name, size in self.facts().items())}. Share it"
-                " among more devices (mesh.fsdp), or try grpo.first_moment=bfloat16, a shorter"
-                " limits.completion, a smaller grpo.group or lora.rank"
+                " among more devices (mesh.fsdp), or try grpo.first_moment=bfloat16,"
+                " mesh.moments_on_host=True, a shorter limits.completion, a smaller grpo.group or"
+                " lora.rank"
             )
 
 
 def held(settings: Settings, mesh: Mesh) -> Holdings:
     """Return what a run holds; of its phases, what the larger holds."""
-    layout = model_layout(abstract_model(settings), mesh)
+    layout = run_layout(settings, mesh)
     policy = {**layout.frozen, **layout.shapes}
     of = settings.phases[Phase.GRPO] if Phase.GRPO in settings.phases else settings.sft
     optimizer = make_optimizer(of.optimizer, matrices=layout.matrices)
@@ -104,7 +105,7 @@ def held(settings: Settings, mesh: Mesh) -> Holdings:
 def _reference(settings: Settings, layout: Layout) -> int:
     """A frozen one is held as the forward computes; one that follows the policy, as that is."""
     of = settings.grpo
-    if not of.kl_coefficient:
+    if not of.kl_coefficient or settings.mesh.reference_on_host:
         return 0
     size = shape_bytes(layout.shapes)
     return size if of.reference.every else size * _itemsize(layout) // 4

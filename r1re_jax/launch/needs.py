@@ -12,6 +12,7 @@ from r1re_jax.launch.prediction import Prediction, Rates
 from r1re_jax.launch.program import Text
 from r1re_jax.launch.topology import GIB, Slice
 from r1re_jax.rollout.ahead import Ahead
+from r1re_jax.sharding import HOST
 
 # "Used 27.11G of 15.75G", "memory required for HLO temporaries (1.00T) exceeds": what is too much.
 _NAMED = re.compile(r"(?:Used |required[^(]*\()([\d.]+)([KMGT])")
@@ -177,10 +178,11 @@ def _has_equations(value: Any) -> bool:
 
 
 def shape_bytes(tree: Any) -> int:
-    """Return the bytes of shapes on each device."""
+    """Return the bytes of shapes on each device; what lies in the host's memory is none."""
     return sum(
         math.prod(x.sharding.shard_shape(x.shape) if x.sharding else x.shape) * x.dtype.itemsize
         for x in jax.tree.leaves(tree)
+        if x.sharding is None or x.sharding.memory_kind != HOST
     )
 
 

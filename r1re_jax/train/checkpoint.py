@@ -16,6 +16,7 @@ import optax
 import orbax.checkpoint as ocp
 from orbax.checkpoint.checkpoint_managers import PolicyCheckpointInfo, PreservationContext
 
+from r1re_jax.sharding import on_host as in_host_memory
 from r1re_jax.train.settings import Phase
 from r1re_jax.train.state import Layout, Params, TrainState, abstract_state
 
@@ -192,9 +193,16 @@ def keep_reference(workdir: str | os.PathLike, params: Params, *, step: int) -> 
 
 
 def load_reference(
-    workdir: str | os.PathLike, layout: Layout, *, step: int, dtype: jnp.dtype = jnp.float32
+    workdir: str | os.PathLike,
+    layout: Layout,
+    *,
+    step: int,
+    dtype: jnp.dtype = jnp.float32,
+    on_host: bool = False,
 ) -> Params:
     """Read the reference of a step, held in `dtype`: it is only read, by a forward in that type.
+
+    With `on_host` it stays in the memory of the host.
 
     Raises:
         FileNotFoundError: it is not there.
@@ -207,7 +215,11 @@ def load_reference(
         )
     with ocp.StandardCheckpointer() as checkpointer:
         shapes = {
-            name: jax.ShapeDtypeStruct(shape.shape, dtype, sharding=shape.sharding)
+            name: jax.ShapeDtypeStruct(
+                shape.shape,
+                dtype,
+                sharding=in_host_memory(shape.sharding) if on_host else shape.sharding,
+            )
             for name, shape in layout.shapes.items()
         }
         return checkpointer.restore(folder, shapes)

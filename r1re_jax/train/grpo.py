@@ -27,6 +27,7 @@ from r1re_jax.rl.masks import length_mask
 from r1re_jax.rl.objective import objective
 from r1re_jax.rl.scoring import completion_logp
 from r1re_jax.rollout.rollout import Rollout
+from r1re_jax.sharding import on_device
 from r1re_jax.task.lessons import Source
 from r1re_jax.task.prompts import PromptEncoder
 from r1re_jax.train.batch import check_mesh, grpo_blocks, spread, spread_tree
@@ -321,7 +322,7 @@ def make_grpo(
         return grpo_loss(model, block, settings, correction=correction)
 
     def score(params: Params, tree: Tree) -> jax.Array:
-        model = nnx.merge(layout.graph, model_state(params))
+        model = nnx.merge(layout.graph, model_state(on_device(params)))
         return _score(model, spread_tree(tree, layout.mesh), settings).logp_NPGC
 
     return GRPO(

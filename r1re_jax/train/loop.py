@@ -283,8 +283,8 @@ class _Run:
         if step == first:
             self.checkpoints.wait()  # of several processes two savers must not commit at once
             keep_reference(self.workdir, state.params, step=first)
-        dtype = start.policy.model.dtype
-        return start.whole(load_reference(self.workdir, start.layout, step=first, dtype=dtype))
+        held = {"dtype": start.policy.model.dtype, "on_host": self.settings.mesh.reference_on_host}
+        return start.whole(load_reference(self.workdir, start.layout, step=first, **held))
 
     def _optimizer(self, phase: Phase, start: Start) -> optax.GradientTransformation:
         of = self.settings.sft if phase is Phase.SFT else self.settings.grpo

@@ -77,12 +77,16 @@ class MeshSettings:
         tensor: devices that share the heads and the MLP of a question.
         drawing_tensor: `tensor` while completions are drawn: fsdp times tensor devices are shared
             out anew then. 0 for as in training.
+        moments_on_host: keep the optimizer's moments in the host's memory between updates.
+        reference_on_host: keep a frozen reference there between its scorings.
     """
 
     data: int = 1
     fsdp: int = -1
     tensor: int = 1
     drawing_tensor: int = 0
+    moments_on_host: bool = False
+    reference_on_host: bool = False
 
     def __post_init__(self) -> None:
         """Refuse a negative number of devices."""
@@ -264,6 +268,11 @@ class Settings:
                 f"grpo.reference.decay is {self.grpo.reference.decay} with lora.rank"
                 f" {self.lora.rank}: the mean of two adapters is not that of the policies they"
                 " make. Set it to 0, and the reference becomes the policy every so many steps"
+            )
+        if self.mesh.reference_on_host and (self.lora.rank or self.grpo.reference.every):
+            raise ValueError(
+                "mesh.reference_on_host is for a frozen reference of its own; with lora.rank it is"
+                " the policy's base, with grpo.reference.every it moves: set it to False"
             )
         name, _, metric = self.checkpoint.best.partition("/")
         known = self.eval_metrics

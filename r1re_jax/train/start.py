@@ -109,6 +109,12 @@ def abstract_model(settings: Settings) -> Qwen:
     return adapt(model, settings.lora) if settings.lora.rank else model
 
 
+def run_layout(settings: Settings, mesh: Mesh) -> Layout:
+    """Describe the model of a run without its arrays."""
+    moments_on_host = settings.mesh.moments_on_host
+    return model_layout(abstract_model(settings), mesh, moments_on_host=moments_on_host)
+
+
 def load_start(
     settings: Settings,
     *,
@@ -135,7 +141,7 @@ def load_start(
         model = dataclasses.replace(settings.model, path=adapted.base)
         settings = dataclasses.replace(settings, model=model)
     model = abstract_model(settings)
-    layout, params = model_layout(model, mesh), None
+    layout, params = run_layout(settings, mesh), None
     frozen: Params = {}
     if settings.lora.rank:
         if adapted is None and not fresh:

@@ -52,6 +52,7 @@ class Layout:
         shapes: dotted name -> shape and dtype, its sharding with them; of what is trained.
         axes: dotted name -> logical axes; stacked parameters have the layers in front of them.
         frozen: as `shapes`, of what an adapter leaves as it is; empty where all is trained.
+        moments_on_host: whether the optimizer's moments lie in the host's memory between updates.
     """
 
     graph: nnx.GraphDef
@@ -59,6 +60,7 @@ class Layout:
     shapes: dict[str, jax.ShapeDtypeStruct]
     axes: dict[str, tuple[str, ...]]
     frozen: dict[str, jax.ShapeDtypeStruct] = dataclasses.field(default_factory=dict)
+    moments_on_host: bool = False
 
     @property
     def shardings(self) -> dict[str, NamedSharding]:
@@ -76,7 +78,7 @@ class Layout:
         return NamedSharding(self.mesh, PartitionSpec())
 
 
-def model_layout(model: Qwen, mesh: Mesh) -> Layout:
+def model_layout(model: Qwen, mesh: Mesh, *, moments_on_host: bool = False) -> Layout:
     """Describe a model (its arrays may be abstract) on a mesh.
 
     Where it has adapters they alone are trained. The rest is held in the type that the forward
@@ -94,7 +96,14 @@ def model_layout(model: Qwen, mesh: Mesh) -> Layout:
         else:
             shapes[name] = jax.ShapeDtypeStruct(value.shape, value.dtype, sharding=where)
         axes[name] = tuple(variable.get_metadata("logical_axes"))
-    return Layout(graph=graph, mesh=mesh, shapes=shapes, axes=axes, frozen=frozen)
+    return Layout(
+        graph=graph,
+        mesh=mesh,
+        shapes=shapes,
+        axes=axes,
+        frozen=frozen,
+        moments_on_host=moments_on_host,
+    )
 
 
 def drawing_layout(model: Qwen, mesh: Mesh) -> Layout:
@@ -232,6 +241,8 @@ def _optimizer_shardings(optimizer: optax.GradientTransformation, layout: Layout
     def where(path: tuple, leaf: jax.ShapeDtypeStruct) -> NamedSharding:
         name = getattr(path[-1], "key", None) if path else None
         of = layout.shapes.get(name)
-        return layout.replicated if of is None or of.shape != leaf.shape else of.sharding
+        if of is None or of.shape != leaf.shape:
+            return layout.replicated
+        return sharding.on_host(of.sharding) if layout.moments_on_host else of.sharding
 
     return jax.tree_util.tree_map_with_path(where, jax.eval_shape(optimizer.init, layout.shapes))

@@ -13,6 +13,7 @@ import optax
 from flax import nnx
 
 from r1re_jax.model.qwen import Qwen
+from r1re_jax.sharding import on_device
 from r1re_jax.train.state import Layout, Params, TrainState, abstract_state, model_state
 
 # (model, block) -> the block's part of the loss, and named sums. Names that end in _max are maxima.
@@ -112,7 +113,8 @@ def make_programs(
         return grads, value
 
     def apply(state: TrainState, grads: Params) -> TrainState:
-        updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
+        moments = on_device(state.opt_state)
+        updates, opt_state = optimizer.update(grads, moments, state.params)
         params = optax.apply_updates(state.params, updates)
         return TrainState(step=state.step, params=params, opt_state=opt_state)
 

@@ -45,6 +45,15 @@ def test_bfloat16_and_int8_take_less(inputs: pathlib.Path) -> None:
     assert held(world.settings(inputs, grpo__quantise=quantised), mesh).cache == whole.cache // 4
 
 
+def test_what_lies_on_the_host_takes_none(inputs: pathlib.Path) -> None:
+    mesh = world.one_device_mesh()
+    away = {"moments_on_host": True, "reference_on_host": True}
+    whole, less = held(world.settings(inputs), mesh), held(world.settings(inputs, mesh=away), mesh)
+    assert less.reference == 0 < whole.reference and less.moments < 100 < whole.moments
+    with pytest.raises(ValueError, match="reference_on_host is for a frozen reference"):
+        world.settings(inputs, mesh=away, grpo__reference={"every": 1})
+
+
 def test_a_warm_start_alone_draws_nothing(inputs: pathlib.Path) -> None:
     found = held(world.settings(inputs, grpo__steps=0), world.one_device_mesh())
     assert found.cache == found.copy == found.reference == 0

@@ -142,7 +142,10 @@ def test_a_reference_is_kept_once(tmp_path: pathlib.Path) -> None:
     keep_reference(tmp_path, state.params, step=2)
     other = jax.tree.map(lambda x: x + 1, state.params)
     keep_reference(tmp_path, other, step=2)
+    away = load_reference(tmp_path, layout, step=2, on_host=True)
+    assert {leaf.sharding.memory_kind for leaf in away.values()} == {"pinned_host"}
     found = load_reference(tmp_path, layout, step=2)
-    assert_bit_equal(jax.device_get(found), jax.device_get(state.params))
+    for loaded in (found, away):
+        assert_bit_equal(jax.device_get(loaded), jax.device_get(state.params))
     jax.jit(lambda p: jax.tree.map(jnp.zeros_like, p), donate_argnums=0)(state.params)
     assert not any(leaf.is_deleted() for leaf in found.values())

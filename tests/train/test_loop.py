@@ -253,3 +253,14 @@ def test_a_config_is_shown_with_its_parameters(
     assert "layers.query.weight" in table and table.rstrip().splitlines()[-1].startswith("total")
     bad = _main("show", f"--config={tmp_path / 'config.py'}", "--config.grpo.group=1")
     assert bad.returncode == 1 and "it must be at least 2" in bad.stderr
+
+
+def test_what_lies_on_the_host_changes_no_bit(
+    inputs: pathlib.Path, whole: pathlib.Path, tmp_path: pathlib.Path
+) -> None:
+    away = {"moments_on_host": True, "reference_on_host": True}
+    settings = world.settings(inputs, **EVALUATED, mesh=away)
+    stop = StopAt("update", 3)
+    assert train(settings, tmp_path, poll=stop.poll, progress=stop).step < 4
+    assert train(settings, tmp_path).step == 4
+    _assert_same_run(tmp_path, whole)

@@ -1,5 +1,7 @@
 """State: made sharded, equal on every mesh, moments lying as their parameters do."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -18,6 +20,7 @@ from r1re_jax.train.state import (
     place_params,
     random_params,
 )
+from r1re_jax.train.update import make_programs
 from tests.tiny import tiny_config, tiny_model
 from tests.train.world import assert_bit_equal, layout_on, mesh_of, one_device_mesh
 
@@ -37,6 +40,21 @@ def test_only_matrices_decay() -> None:
     matrices = {name for name, is_matrix in layout.matrices.items() if is_matrix}
     assert "layers.query.bias" not in matrices, "a stacked bias has two axes and is no matrix"
     assert matrices == {name for name in layout.shapes if "norm" not in name and "bias" not in name}
+
+
+def test_moments_can_lie_on_the_host() -> None:
+    layout, params = layout_on(mesh_of(*SPREAD))
+    layout = dataclasses.replace(layout, moments_on_host=True)
+    optimizer = make_optimizer(OptimizerSettings(), matrices=layout.matrices)
+    state = create_state(place_params(params, layout), optimizer, layout)
+    apply = make_programs(lambda *_: None, layout=layout, optimizer=optimizer).apply
+    assert _kinds(state.opt_state) == {"pinned_host"}
+    after = apply(state, jax.tree.map(jnp.ones_like, state.params))
+    assert _kinds(after.opt_state) == {"pinned_host"} and _kinds(after.params) == {"device"}
+
+
+def _kinds(tree: object) -> set[str]:
+    return {leaf.sharding.memory_kind for leaf in jax.tree.leaves(tree) if leaf.ndim}
 
 
 def test_a_state_is_sharded_from_the_start() -> None:

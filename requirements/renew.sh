@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# Makes requirements/runtime.txt (with hashes) and requirements/dev.txt (without) from setup.cfg.
+# Makes requirements/runtime.txt and requirements/tpu.txt (with hashes) and requirements/dev.txt
+# (without) from setup.cfg.
 #
 #   bash requirements/renew.sh                        keeps the pinned versions that still fit
 #   bash requirements/renew.sh --upgrade              takes the newest that fit
@@ -32,6 +33,12 @@ cp requirements/dev.txt "$tmp/dev.txt" 2>/dev/null || true
 compile --extra dev --constraint "$tmp/runtime.txt" --excludes "$tmp/excludes.txt" \
   --no-annotate --output-file "$tmp/dev.txt" "$@" >/dev/null
 
+# setuptools builds the editable install, as it does for dev.txt.
+echo setuptools >"$tmp/build.in"
+cp requirements/tpu.txt "$tmp/tpu.txt" 2>/dev/null || true
+compile "$tmp/build.in" --extra tpu --constraint "$tmp/runtime.txt" --constraint "$tmp/dev.txt" \
+  --generate-hashes --no-annotate --output-file "$tmp/tpu.txt" "$@" >/dev/null
+
 {
   header "Run-time packages for Python 3.11 on Linux, pinned with the hashes of PyPI."
   cat "$tmp/runtime.txt"
@@ -40,4 +47,10 @@ compile --extra dev --constraint "$tmp/runtime.txt" --excludes "$tmp/excludes.tx
   header "What the tests and tools need beyond runtime.txt, pinned."
   grep -oE '^[A-Za-z0-9._-]+==[^ ]+' "$tmp/runtime.txt" | grep -vxFf - "$tmp/dev.txt"
 } >requirements/dev.txt
-wc -l requirements/runtime.txt requirements/dev.txt
+{
+  header "What a TPU VM needs beyond runtime.txt, pinned with the hashes of PyPI."
+  awk 'NR == FNR { if (/==/) seen[$1]; next }
+    /^[A-Za-z0-9]/ { own = !($1 in seen) }
+    own' "$tmp/runtime.txt" "$tmp/tpu.txt"
+} >requirements/tpu.txt
+wc -l requirements/runtime.txt requirements/dev.txt requirements/tpu.txt

@@ -7,6 +7,7 @@ second call goes on where the first was interrupted. --smoke takes a few steps o
 shows that everything works here, and not how well it learns.
 """
 
+import argparse
 import contextlib
 import json
 import os
@@ -14,7 +15,6 @@ import pathlib
 import sys
 import time
 
-from absl import app, flags
 from rich.console import Console
 
 from configs import miniworld
@@ -22,19 +22,19 @@ from r1re_jax.report import quickstart
 from r1re_jax.report.history import read_history
 from run.train import train
 
-SMOKE = flags.DEFINE_bool("smoke", False, "a few steps of each phase")
 
-
-def main(argv: list[str]) -> None:
+def main() -> None:
     """Train both policies and show what came out."""
-    if len(argv) > 1:
-        raise app.UsageError(f"unexpected arguments {argv[1:]}")
+    # Not absl's flags: those of run.train, which ask for a config, would be read too.
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--smoke", action="store_true", help="a few steps of each phase")
+    smoke = parser.parse_args().smoke
     start = float(os.environ.get("R1RE_START", time.time()))
     seed = int(os.environ.get("R1RE_SEED", "0"))
     out = pathlib.Path(os.environ.get("R1RE_OUT", "runs/quickstart")) / f"seed-{seed}"
     finished = {}
     for variant in ("", "sft_only"):
-        config = miniworld.get_config(f"{variant},smoke" if SMOKE.value else variant)
+        config = miniworld.get_config(f"{variant},smoke" if smoke else variant)
         config.seed = seed
         again = "bash run/quickstart.sh, with the same R1RE_SEED and R1RE_OUT"
         finished[variant] = train(config, out / (variant or "grpo"), again=again)
@@ -52,4 +52,4 @@ def main(argv: list[str]) -> None:
 
 if __name__ == "__main__":
     with contextlib.suppress(BrokenPipeError):
-        app.run(main)
+        main()

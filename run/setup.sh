@@ -3,11 +3,17 @@
 # Run it as often as you like: it does nothing while .venv fits the lock.
 #
 #   bash run/setup.sh              R1RE_PYTHON=/path/to/python3.11 names the interpreter to build on
+#   bash run/setup.sh --tpu        the extra `tpu` in place of tests and tools, for a TPU VM
 set -euo pipefail
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 venv=$root/.venv
 python=$venv/bin/python
 stamp=$venv/r1re-setup.stamp
+case "${1:-}" in
+  "") extra=dev what="test packages" hashes=() ;;
+  --tpu) extra=tpu what="TPU packages, by hash" hashes=(--require-hashes) ;;
+  *) printf '[setup] error: unknown argument %s: --tpu, or none\n' "$1" >&2 && exit 2 ;;
+esac
 
 say() { printf '[setup] %s\n' "$*"; }
 die() { printf '[setup] error: %s\n' "$*" >&2; exit 1; }
@@ -15,7 +21,7 @@ die() { printf '[setup] error: %s\n' "$*" >&2; exit 1; }
 # What the environment is made from. The path counts too, since scripts in .venv/bin carry it.
 fingerprint() {
   (cd "$root" && printf '%s\n' "$root" &&
-    cat run/setup.sh setup.cfg pyproject.toml requirements/runtime.txt requirements/dev.txt) |
+    cat run/setup.sh setup.cfg pyproject.toml requirements/runtime.txt "requirements/$extra.txt") |
     cksum
 }
 
@@ -72,8 +78,8 @@ else
 fi
 say "2/4 run-time packages, by hash: requirements/runtime.txt (about 300 MB to fetch)"
 install --require-hashes -r "$root/requirements/runtime.txt"
-say "3/4 test packages: requirements/dev.txt"
-install -r "$root/requirements/dev.txt"
+say "3/4 $what: requirements/$extra.txt"
+install ${hashes[@]+"${hashes[@]}"} -r "$root/requirements/$extra.txt"
 say "4/4 this checkout, editable"
 install --no-deps --no-build-isolation --editable "$root"
 fingerprint >"$stamp"

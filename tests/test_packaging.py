@@ -16,7 +16,7 @@ from packaging.version import Version
 import r1re_jax
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
-RUNTIME, DEV = (ROOT / "requirements" / name for name in ("runtime.txt", "dev.txt"))
+RUNTIME, DEV, TPU = (ROOT / "requirements" / f"{name}.txt" for name in ("runtime", "dev", "tpu"))
 MAX_FILE_BYTES = 12_000_000
 MAX_FILE_LINES = 400
 MAX_FUNCTION_LINES = 80
@@ -52,7 +52,7 @@ def _pins(path: pathlib.Path) -> dict[str, Version]:
         match = re.fullmatch(r"([A-Za-z0-9._-]+)==(\S+)((?: +--hash=sha256:[0-9a-f]{64})*)", line)
         assert match, f"{path.name}: no exact pin: {line[:80]}"
         name, version, hashes = match.groups()
-        assert bool(hashes) == (path == RUNTIME), f"{path.name}: hashes of {name}"
+        assert bool(hashes) == (path != DEV), f"{path.name}: hashes of {name}"
         pins[canonicalize_name(name)] = Version(version)
     return pins
 
@@ -72,7 +72,7 @@ def _imports(path: pathlib.Path) -> Iterator[str]:
             yield "." * node.level + (node.module or "").split(".")[0]
 
 
-@pytest.mark.parametrize("path", [RUNTIME, DEV], ids=lambda path: path.name)
+@pytest.mark.parametrize("path", [RUNTIME, DEV, TPU], ids=lambda path: path.name)
 def test_lock_names_releases_and_nothing_else(path) -> None:
     assert not re.search(r"://|^\s*-[^-]|--(?!hash)| @ ", path.read_text(), re.MULTILINE)
     local = {name: str(pin) for name, pin in _pins(path).items() if pin.local}
@@ -101,6 +101,9 @@ def test_libtpu_goes_with_the_locked_jax() -> None:
     tpu = {r.name: r.specifier for r in _requirements("options.extras_require", "tpu")}
     assert _pins(RUNTIME)["jax"] == _pins(RUNTIME)["jaxlib"] == Version("0.10.2")
     assert str(tpu["libtpu"]) == "==0.0.42.1", "jaxlib 0.10.2 was built with libtpu 0.0.42.1"
+    pins = _pins(TPU)
+    assert pins["libtpu"] == Version("0.0.42.1") and not pins.keys() & _pins(RUNTIME).keys()
+    assert pins["setuptools"] == _pins(DEV)["setuptools"], "what builds the editable install"
 
 
 def test_one_version_everywhere() -> None:

@@ -1,0 +1,79 @@
+"""A sweep on Cloud TPU: one job of run/tpu.sh for each member."""
+
+import re
+import shlex
+import subprocess
+from collections.abc import Callable, Mapping, Sequence
+
+from r1re_jax.launch.sweep import Member, digest
+
+SCRIPT = ("bash", "run/tpu.sh")
+# Cloud TPU takes letters in lower case, digits and hyphens, 63 at most, a letter first.
+LONGEST_NAME = 63
+_PREFIX = re.compile(r"[a-z]([a-z0-9-]*[a-z0-9])?")
+# What must have been done before a slice trains.
+VERBS = ("create", "setup", "launch")
+
+Commands = Sequence[tuple[str, ...]]
+
+
+def slice_name(prefix: str, member: Member) -> str:
+    """Return a name for a member's slice: the prefix, its overrides, a hash that tells them apart.
+
+    Raises:
+        ValueError: a prefix that no slice can be called by.
+    """
+    if not _PREFIX.fullmatch(prefix) or len(prefix) > 24:
+        raise ValueError(
+            f"the name {prefix!r} cannot begin that of a TPU; expected at most 24 letters in lower"
+            " case, digits and hyphens, a letter first"
+        )
+    words = re.sub(r"[^a-z0-9]+", "-", member.name.lower()).strip("-")
+    mark = digest(member.overrides)
+    room = LONGEST_NAME - len(prefix) - len(mark) - 2
+    return f"{prefix}-{words[:room].strip('-')}-{mark}"
+
+
+def tpu_commands(
+    name: str, command: Sequence[str], *, options: Sequence[str] = ()
+) -> list[tuple[str, ...]]:
+    """Return what creates a slice, sets it up and starts a command there.
+
+    Args:
+        name: of the slice.
+        command: that trains.
+        options: of run/tpu.sh, for all verbs.
+    """
+    found = [(*SCRIPT, verb, f"--name={name}", *options) for verb in VERBS]
+    return [*found[:-1], (*found[-1], "--", *command)]
+
+
+def launch_all(jobs: Mapping[str, Commands], *, say: Callable[[str], None]) -> dict[str, str]:
+    """Start jobs one after the other; one that fails does not stop the others.
+
+    Args:
+        jobs: commands by the name of the slice, in order; each needs the one before.
+        say: hears what is done, and of what was left behind.
+
+    Returns:
+        The command that failed by slice.
+    """
+    failed = {}
+    for name, commands in jobs.items():
+        for number, command in enumerate(commands):
+            say(shlex.join(command))
+            code = subprocess.run(command, stdin=subprocess.DEVNULL, check=False).returncode
+            if code:
+                failed[name] = shlex.join(command)
+                say(f"{name}: exit status {code}. {_left_behind(name, number, command)}")
+                break
+    return failed
+
+
+def _left_behind(name: str, number: int, command: Sequence[str]) -> str:
+    """Say what may cost money now, and how to end that."""
+    options = [one for one in command[len(SCRIPT) + 1 :] if one.startswith("--project=")]
+    options += [one for one in command[len(SCRIPT) + 1 :] if one.startswith("--zone=")]
+    delete = shlex.join([*SCRIPT, "delete", f"--name={name}", *options])
+    exists = "may exist" if number == 0 else "exists"
+    return f"{name} {exists} and costs money until: {delete}"

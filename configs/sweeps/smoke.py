@@ -1,0 +1,32 @@
+"""Six runs of miniworld of a few steps: whether a sweep works here, not what is good.
+
+command:   python -m run.sweep --config=configs/sweeps/smoke.py --workdir=runs/smoke --jobs=2
+hardware:  2 CPU cores
+time:      two minutes
+score:     nothing is learned in two steps
+"""
+
+from ml_collections import ConfigDict
+
+from configs import miniworld
+
+
+def get_config() -> ConfigDict:
+    """Return miniworld's recipe, cut short."""
+    config = miniworld.get_config()
+    del config.data.eval.ood_shuffled
+    for one in config.data.eval.values():
+        one.options.count = 8
+    config.model.parity_tokens = 0
+    config.sft.steps = 1
+    config.grpo.update(
+        dict(steps=2, trees=1, questions=2, group=4, refill=0, warmup=0, learning_rate=1e-3)
+    )
+    config.evaluate.update(dict(samples=2, greedy=False, batch=8, at_start=False))
+    config.checkpoint.every = 1
+    return config
+
+
+def sweep() -> dict:
+    """Return two coefficients of the KL term, each with three seeds."""
+    return {"grpo.kl_coefficient": [0.0, 0.1], "seed": [0, 1, 2]}

@@ -71,7 +71,7 @@ def test_a_sweep_of_slices_is_printed_as_jobs() -> None:
     assert lines[0].startswith("bash run/tpu.sh create --name=kl-grpo-kl-coefficient-0-0-seed-0-")
     assert lines[2].split(" -- ")[1].startswith(f"python -m run.train --config={file} --workdir=")
     assert "--workdir=gs://bucket/kl/grpo.kl_coefficient=0.0,seed=0 " in lines[2]
-    assert all(" --type=v5p-8 --spot" in line for line in lines)
+    assert [" --type=v5p-8 --spot" in line for line in lines] == [True, False, False] * 4
 
 
 @pytest.mark.parametrize(

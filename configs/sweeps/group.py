@@ -1,9 +1,9 @@
 """Few questions with many completions each, or many with few: as many completions in a step.
 
 command:   python -m run.sweep --config=configs/sweeps/group.py --workdir=runs/group --jobs=2
-argument:  miniworld (default), semeval_nano, or semeval_7b[,SLICE] with --launch=tpu
+argument:  miniworld (the default), semeval_nano or semeval_7b, then arguments of that recipe
 hardware:  2 CPU cores for miniworld; a slice for each member of semeval_7b
-time:      12 runs of miniworld, about 50 minutes (estimated from single runs); 3 of semeval_7b,
+time:      12 runs of miniworld, over an hour (estimated); 3 of semeval_7b,
            side by side the time of one
 score:     not run yet
 """
@@ -20,12 +20,12 @@ VALUES = {
 }
 
 
-def get_config(arg: str = "miniworld") -> ConfigDict:
+def get_config(arg: str = "") -> ConfigDict:
     """Return the recipe."""
     return recipe(arg)
 
 
-def sweep(arg: str = "miniworld") -> dict:
+def sweep(arg: str = "") -> dict:
     """Return pairs of group size and questions."""
     pairs = of_recipe(VALUES, arg)
     return {("grpo.group", "grpo.questions"): pairs, "seed": of_recipe(SEEDS, arg)}

@@ -1,9 +1,9 @@
 """The learning rate of GRPO, by factors of two around the recipe's.
 
 command:   python -m run.sweep --config=configs/sweeps/learning_rate.py --workdir=runs/lr --jobs=2
-argument:  miniworld (default), semeval_nano, or semeval_7b[,SLICE] with --launch=tpu
+argument:  miniworld (the default), semeval_nano or semeval_7b, then arguments of that recipe
 hardware:  2 CPU cores for miniworld; a slice for each member of semeval_7b
-time:      15 runs of miniworld, about an hour (estimated from single runs); 4 of semeval_7b, side
+time:      15 runs of miniworld, an hour and a half (estimated); 4 of semeval_7b, side
            by side the time of one
 score:     not run yet at full length; docs/sweeps.md has a short one
 """
@@ -19,11 +19,11 @@ VALUES = {
 }
 
 
-def get_config(arg: str = "miniworld") -> ConfigDict:
+def get_config(arg: str = "") -> ConfigDict:
     """Return the recipe."""
     return recipe(arg)
 
 
-def sweep(arg: str = "miniworld") -> dict:
+def sweep(arg: str = "") -> dict:
     """Return the rates."""
     return {"grpo.learning_rate": of_recipe(VALUES, arg), "seed": of_recipe(SEEDS, arg)}

@@ -4,9 +4,9 @@ GRPO normalises rewards over a group, so that only their proportions count. Sett
 accuracy: mean rewards under different totals do not compare.
 
 command:   python -m run.sweep --config=configs/sweeps/rewards.py --workdir=runs/rewards --jobs=2
-argument:  miniworld (default), semeval_nano, or semeval_7b[,SLICE] with --launch=tpu
+argument:  miniworld (the default), semeval_nano or semeval_7b, then arguments of that recipe
 hardware:  2 CPU cores for miniworld; a slice for each member of semeval_7b
-time:      15 runs of miniworld, about an hour (estimated from single runs); 5 of semeval_7b, side
+time:      15 runs of miniworld, an hour and a half (estimated); 5 of semeval_7b, side
            by side the time of one
 score:     not run yet
 """
@@ -25,7 +25,7 @@ TOTALS = [
 ]
 
 
-def get_config(arg: str = "miniworld") -> ConfigDict:
+def get_config(arg: str = "") -> ConfigDict:
     """Return the recipe, with a section for the totals, which it leaves at their defaults."""
     config = recipe(arg)
     correct, wrong, malformed = TOTALS[0]
@@ -33,7 +33,7 @@ def get_config(arg: str = "miniworld") -> ConfigDict:
     return config
 
 
-def sweep(arg: str = "miniworld") -> dict:
+def sweep(arg: str = "") -> dict:
     """Return the totals."""
     keys = ("reward.correct", "reward.wrong", "reward.malformed")
     return {keys: TOTALS, "seed": of_recipe(SEEDS, arg)}

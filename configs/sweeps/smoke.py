@@ -1,6 +1,7 @@
 """Six runs of miniworld of a few steps: whether a sweep works here, not what is good.
 
 command:   python -m run.sweep --config=configs/sweeps/smoke.py --workdir=runs/smoke --jobs=2
+argument:  smoke, which changes nothing
 hardware:  2 CPU cores
 time:      two minutes
 score:     nothing is learned in two steps
@@ -11,8 +12,10 @@ from ml_collections import ConfigDict
 from configs import miniworld
 
 
-def get_config() -> ConfigDict:
+def get_config(arg: str = "") -> ConfigDict:
     """Return miniworld's recipe, cut short."""
+    if arg not in ("", "smoke"):
+        raise ValueError(f"{arg!r}: expected smoke or nothing")
     config = miniworld.get_config()
     del config.data.eval.ood_shuffled
     for one in config.data.eval.values():

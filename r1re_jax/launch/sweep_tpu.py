@@ -1,5 +1,7 @@
 """A sweep on Cloud TPU: one job of run/tpu.sh for each member."""
 
+import difflib
+import itertools
 import re
 import shlex
 import subprocess
@@ -8,11 +10,19 @@ from collections.abc import Callable, Mapping, Sequence
 from r1re_jax.launch.sweep import Member, digest
 
 SCRIPT = ("bash", "run/tpu.sh")
-# Cloud TPU takes letters in lower case, digits and hyphens, 63 at most, a letter first.
-LONGEST_NAME = 63
+# Cloud TPU takes letters in lower case, digits and hyphens, a letter first; run/tpu.sh 62 at most.
+LONGEST_NAME = 62
 _PREFIX = re.compile(r"[a-z]([a-z0-9-]*[a-z0-9])?")
-# What must have been done before a slice trains.
-VERBS = ("create", "setup", "launch")
+# What must be done before a slice trains, and the options that each takes; of the others none does.
+COMMON = ("--project", "--zone")
+VERBS = {
+    "create": (
+        *("--type", "--spot", "--on-demand", "--reserved", "--runtime"),
+        *("--valid-until-duration", "--wait"),
+    ),
+    "setup": ("--commit",),
+    "launch": ("--env", "--replace"),
+}
 
 Commands = Sequence[tuple[str, ...]]
 
@@ -42,9 +52,24 @@ def tpu_commands(
     Args:
         name: of the slice.
         command: that trains.
-        options: of run/tpu.sh, for all verbs.
+        options: of run/tpu.sh, each for the verbs that take it.
+
+    Raises:
+        ValueError: an option that none of them takes.
     """
-    found = [(*SCRIPT, verb, f"--name={name}", *options) for verb in VERBS]
+    known = sorted({*COMMON, *itertools.chain(*VERBS.values())})
+    for option in options:
+        if _flag(option) not in known:
+            near = difflib.get_close_matches(option, known, n=1)
+            hint = f"did you mean {near[0]}?" if near else f"there are {', '.join(known)}"
+            raise ValueError(f"run/tpu.sh takes no {option} to create, set up or launch; {hint}")
+    found = [
+        (
+            *(*SCRIPT, verb, f"--name={name}"),
+            *(option for option in options if _flag(option) in (*COMMON, *own)),
+        )
+        for verb, own in VERBS.items()
+    ]
     return [*found[:-1], (*found[-1], "--", *command)]
 
 
@@ -70,10 +95,13 @@ def launch_all(jobs: Mapping[str, Commands], *, say: Callable[[str], None]) -> d
     return failed
 
 
+def _flag(option: str) -> str:
+    return option.partition("=")[0]
+
+
 def _left_behind(name: str, number: int, command: Sequence[str]) -> str:
     """Say what may cost money now, and how to end that."""
-    options = [one for one in command[len(SCRIPT) + 1 :] if one.startswith("--project=")]
-    options += [one for one in command[len(SCRIPT) + 1 :] if one.startswith("--zone=")]
+    options = [one for one in command[len(SCRIPT) + 1 :] if _flag(one) in COMMON]
     delete = shlex.join([*SCRIPT, "delete", f"--name={name}", *options])
     exists = "may exist" if number == 0 else "exists"
     return f"{name} {exists} and costs money until: {delete}"

@@ -22,7 +22,7 @@ def test_names_are_ones_that_cloud_tpu_takes_and_differ(values: list[float]) -> 
     names = [sweep_tpu.slice_name("sweep", one) for one in members]
     assert len(set(names)) == len(names)
     for name in names:
-        assert re.fullmatch(r"[a-z][a-z0-9-]*[a-z0-9]", name) and len(name) <= 63
+        assert re.fullmatch(r"[a-z][a-z0-9-]*[a-z0-9]", name) and len(name) <= 62
         assert "--" not in name
 
 
@@ -34,11 +34,14 @@ def test_a_prefix_that_no_slice_can_have_is_refused(prefix: str) -> None:
 
 def test_a_slice_is_created_set_up_and_given_the_command() -> None:
     command = ("python", "-m", "run.train", "--config=F")
-    assert sweep_tpu.tpu_commands("s-1", command, options=("--spot",)) == [
-        ("bash", "run/tpu.sh", "create", "--name=s-1", "--spot"),
-        ("bash", "run/tpu.sh", "setup", "--name=s-1", "--spot"),
-        ("bash", "run/tpu.sh", "launch", "--name=s-1", "--spot", "--", *command),
+    options = ("--spot", "--zone=z", "--commit=abc", "--env=HF_HOME")
+    assert sweep_tpu.tpu_commands("s-1", command, options=options) == [
+        ("bash", "run/tpu.sh", "create", "--name=s-1", "--spot", "--zone=z"),
+        ("bash", "run/tpu.sh", "setup", "--name=s-1", "--zone=z", "--commit=abc"),
+        ("bash", "run/tpu.sh", "launch", "--name=s-1", "--zone=z", "--env=HF_HOME", "--", *command),
     ]
+    with pytest.raises(ValueError, match="takes no --spott.*did you mean --spot"):
+        sweep_tpu.tpu_commands("s-1", command, options=("--spott",))
 
 
 def test_a_failure_says_what_costs_money_and_the_others_go_on(

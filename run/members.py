@@ -36,7 +36,9 @@ def read_recipe(path: str, given: Sequence[str], overrides: Mapping[str, Any]) -
             " get_config(), where a flag can set what is in it"
         ) from None
     except flags.Error as error:
-        raise SweepError(str(error)) from None
+        # Of a recipe that fails absl's message is a traceback, whose last line says why.
+        lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+        raise SweepError(lines[-1].removeprefix("ValueError: ")) from None
 
 
 def read_sweep(path: str) -> Any:

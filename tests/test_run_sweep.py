@@ -223,5 +223,6 @@ def test_a_sweep_that_is_killed_twice_gives_the_table_of_one_that_was_not(
     ]
     assert pages[0][1:] == pages[1][1:]
     for folder in (tmp_path / "killed").glob("grpo*"):
-        steps = [json.loads(line)["step"] for line in (folder / "metrics.jsonl").open()]
+        text = (folder / "metrics.jsonl").read_text()
+        steps = [json.loads(line)["step"] for line in text.splitlines()]
         assert steps == [1, 2, 3]

@@ -7,20 +7,28 @@ from absl import flags
 from ml_collections import config_flags
 
 
-def define_config() -> flags.FlagHolder:
+def define_config(
+    values: flags.FlagValues = flags.FLAGS, argv: Sequence[str] | None = None
+) -> flags.FlagHolder:
     """Define --config=FILE[:arg] and --config.key=value; the flag must be given.
 
     Keys that the recipe leaves at their defaults can be set too. What no setting reads is refused
     by `r1re_jax.train.config.read_settings`, with the nearest match.
+
+    Args:
+        values: where the flag is defined.
+        argv: the command line that they will parse, if it is not the process's own.
     """
     flag = config_flags.DEFINE_config_file(
         "config",
         None,
         "FILE[:arg] with get_config(arg)",
+        flag_values=values,
         lock_config=False,
         accept_new_attributes=True,
+        sys_argv=argv,
     )
-    flags.mark_flags_as_required(["config"])
+    flags.mark_flags_as_required(["config"], values)
     return flag
 
 

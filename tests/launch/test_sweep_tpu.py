@@ -1,5 +1,6 @@
 """A sweep as TPU jobs: names that Cloud TPU takes, commands, and what a failure says."""
 
+import itertools
 import pathlib
 import re
 
@@ -9,6 +10,9 @@ from hypothesis import strategies as st
 
 from r1re_jax.launch import sweep_tpu
 from r1re_jax.launch.sweep import Member, expand
+from r1re_jax.launch.sweep_tpu import COMMON, VERBS
+
+ROOT = pathlib.Path(__file__).resolve().parents[2]
 
 
 def member(**overrides: object) -> Member:
@@ -64,3 +68,9 @@ def test_a_failure_says_what_costs_money_and_the_others_go_on(
     (message,) = [line for line in said if "costs money" in line]
     assert message.startswith("b: exit status 4. b exists and costs money until: bash ")
     assert message.endswith("delete --name=b --zone=z")
+
+
+def test_every_option_is_one_of_the_script() -> None:
+    scripts = "".join(path.read_text("utf-8") for path in (ROOT / "run").glob("tpu*.sh"))
+    for option in {*COMMON, *itertools.chain(*VERBS.values())}:
+        assert option in scripts, option

@@ -9,13 +9,13 @@ second call goes on where the first was interrupted.
 import contextlib
 import json
 import os
-import pathlib
 import sys
 import time
 
 from rich.console import Console
 
 from configs import miniworld
+from r1re_jax.files import place
 from r1re_jax.report import quickstart
 from r1re_jax.report.history import read_history
 from run.train import train
@@ -25,7 +25,7 @@ def main() -> None:
     """Train both policies and show what came out."""
     start = float(os.environ.get("R1RE_START", time.time()))
     seed = int(os.environ.get("R1RE_SEED", "0"))
-    out = pathlib.Path(os.environ.get("R1RE_OUT", "runs/quickstart")) / f"seed-{seed}"
+    out = place(os.environ.get("R1RE_OUT", "runs/quickstart")) / f"seed-{seed}"
     finished = {}
     for variant in ("", "sft_only"):
         config = miniworld.get_config(variant)

@@ -5,11 +5,11 @@ size, order and interruptions change no figure beyond rounding. `r1re_jax.predic
 folder of an evaluation holds.
 """
 
+import contextlib
 import dataclasses
 import hashlib
 import json
 import os
-import pathlib
 from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -17,18 +17,19 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from etils import epath
 from flax import nnx
 from jax.sharding import Mesh
 
 from r1re_jax import hosts
 from r1re_jax.annotate import Completion, Draw, Prompts, annotate, read_prompts
+from r1re_jax.files import place
 from r1re_jax.policy import Limits, Policy
 from r1re_jax.predictions import (
     METRICS,
-    PREDICTIONS,
     EvaluationError,
+    Growing,
     Row,
-    append,
     begin,
     replace,
     sha256,
@@ -102,7 +103,7 @@ def evaluate(
     prompts = read_prompts(policy, examples, guide, limits=limits)
     shared = {"seed": seed, "step": step, "batch": batch, "chunk": chunk, "mesh": mesh}
     draw = Draw(dataset=name, samples=samples, temperature=temperature, on_chunk=on_chunk, **shared)
-    folder = None if out is None else pathlib.Path(out)
+    folder = None if out is None else place(out)
     rows = _predictions(policy, prompts, draw, folder, on_batch)
     metrics = task.summarise(
         rows,
@@ -210,7 +211,7 @@ def _predictions(
     policy: Policy,
     prompts: Prompts,
     draw: Draw,
-    folder: pathlib.Path | None,
+    folder: epath.Path | None,
     on_batch: Callable[[int, int], None] | None,
 ) -> list[Row]:
     """All rows in the order of the examples: those in the folder, and the others drawn now."""
@@ -219,13 +220,13 @@ def _predictions(
     if folder is not None:
         rows = begin(folder, _asked(policy, prompts, draw), prompts.examples)
         hosts.meet(f"evaluation in {folder}")  # all have read it before one of them writes
-    for batch in annotate(policy, prompts, draw, first=len(rows)):
-        judged = [_row(*pair, task, schema) for pair in batch]
-        if folder is not None:
-            append(folder / PREDICTIONS, judged)
-        rows += judged
-        if on_batch is not None:
-            on_batch(len(rows), len(prompts.examples))
+    with contextlib.closing(Growing(folder)) as growing:
+        for batch in annotate(policy, prompts, draw, first=len(rows)):
+            judged = [_row(*pair, task, schema) for pair in batch]
+            growing.append(judged)
+            rows += judged
+            if on_batch is not None:
+                on_batch(len(rows), len(prompts.examples))
     return rows
 
 

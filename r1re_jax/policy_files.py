@@ -9,8 +9,10 @@ from pathlib import Path
 from typing import Any
 
 import jax.numpy as jnp
+from etils import epath
 from jax.sharding import Mesh
 
+from r1re_jax import files, hosts
 from r1re_jax.model.config import ModelConfig
 from r1re_jax.model.fingerprint import fingerprint
 from r1re_jax.model.gguf_file import GGUFFile, gguf_config, load_gguf, open_gguf
@@ -18,7 +20,7 @@ from r1re_jax.model.hf import load_hf, save_hf
 from r1re_jax.model.hf_config import WeightsError, config_from_hf, hf_config
 from r1re_jax.model.hf_tokenizer import save_tokenizer
 from r1re_jax.model.lora import adapt, is_adapter, merge
-from r1re_jax.model.peft import save_peft
+from r1re_jax.model.peft import CONFIG, save_peft
 from r1re_jax.model.qwen import Qwen, Remat, abstract_qwen
 from r1re_jax.policy import Limits, Policy, Wordless, check_vocabulary
 from r1re_jax.policy_source import (
@@ -55,6 +57,9 @@ def load_policy(
 ) -> Policy:
     """Load a policy.
 
+    What lies in a bucket is read from there if it is a work directory, and else copied to this
+    machine's folder for temporary files first.
+
     Args:
         source: a Hugging Face folder (its r1re.json, where there is one, says template, limits and
             stop tokens), a GGUF file, a work directory of run.train, "base:NAME" for a policy that
@@ -70,27 +75,32 @@ def load_policy(
     Raises:
         PolicyError: nothing of that kind there; the message says what was looked for.
         WeightsError: files that cannot be read.
+        PlaceError: a bucket that cannot be reached.
     """
     where = find(source)
     kinds = {"dtype": dtype, "param_dtype": param_dtype or dtype, "remat": remat, "mesh": mesh}
     if is_workdir(where):
         step = choose_step(where, step)
         model = _trained_model(where, step, **kinds)
-        return _policy(model, where / WORDS, provenance=f"{source}, step {step}")
+        with files.fetched(where / WORDS) as words:
+            return _policy(model, words, provenance=f"{source}, step {step}")
     if step is not None:
         raise PolicyError(f"{where} is no work directory, so it has no step {step}")
-    if where.is_file():
-        file = open_gguf(where)
-        return _gguf_policy(load_gguf(file, **kinds), file, provenance=str(source))
-    _check_folder(where)
-    return _policy(load_hf(where, **kinds), where, provenance=str(source))
+    if not where.is_file():
+        _check_folder(where)
+    with files.fetched(where) as here:
+        if here.is_file():
+            file = open_gguf(here)
+            return _gguf_policy(load_gguf(file, **kinds), file, provenance=str(source))
+        return _policy(load_hf(here, **kinds), here, provenance=str(source))
 
 
 def policy_config(source: str | os.PathLike) -> ModelConfig:
     """Read the shape of a policy's model, and no weights; errors as of `load_policy`."""
     where = find(source)
     if where.is_file():
-        return gguf_config(open_gguf(where))
+        with files.fetched(where) as here:
+            return gguf_config(open_gguf(here))
     if is_workdir(where):
         return config_from_hf(read_json(where / WORDS / "config.json"))
     _check_folder(where)
@@ -98,7 +108,7 @@ def policy_config(source: str | os.PathLike) -> ModelConfig:
 
 
 def _trained_model(
-    workdir: Path,
+    workdir: epath.Path,
     step: int,
     *,
     dtype: str,
@@ -129,7 +139,7 @@ def _trained_model(
     return filled(model, {name: value.astype(param_dtype) for name, value in params.items()})
 
 
-def _check_folder(folder: Path) -> None:
+def _check_folder(folder: epath.Path) -> None:
     if not (folder / "config.json").is_file():
         raise PolicyError(
             f"{folder} holds no policy: expected config.json and safetensors (a Hugging Face"
@@ -150,7 +160,8 @@ def save_policy(
 
     Args:
         policy: its weights, tokenizer, and r1re.json with template, limits and stop tokens.
-        folder: absent, empty or an earlier export; appears whole or not at all.
+        folder: absent, empty or an earlier export; appears whole or not at all. In a bucket it must
+            be absent, its config.json comes last, and it is written on this machine first.
         dtype: of the weights: float32, bfloat16 or float16.
         card: text of the model card, README.md; "" writes none.
         max_shard_bytes: above it the weights go into several files with an index.
@@ -159,17 +170,33 @@ def save_policy(
     Raises:
         WeightsError: the folder is in use by something else, or the dtype is not supported.
     """
-    save_hf(
-        policy.model,
-        folder,
-        dtype=dtype,
-        stop_ids=policy.encoder.stop_ids,
-        pad_id=policy.encoder.pad_id,
-        bos_id=policy.tokenizer.bos_token_id,
-        max_shard_bytes=max_shard_bytes,
-        overwrite=overwrite,
-        also=functools.partial(_write_words, policy, card=card),
-    )
+    with files.written(_target(folder, overwrite=overwrite), last="config.json") as here:
+        save_hf(
+            policy.model,
+            here,
+            dtype=dtype,
+            stop_ids=policy.encoder.stop_ids,
+            pad_id=policy.encoder.pad_id,
+            bos_id=policy.tokenizer.bos_token_id,
+            max_shard_bytes=max_shard_bytes,
+            overwrite=overwrite,
+            also=functools.partial(_write_words, policy, card=card),
+        )
+
+
+def _target(folder: str | os.PathLike, *, overwrite: bool = False) -> epath.Path:
+    """Return where to write; `save_hf` and `save_peft` look at folders of this machine alone.
+
+    Raises:
+        WeightsError: a bucket holds something of that name.
+    """
+    folder = files.place(folder)
+    if files.is_remote(folder) and folder.exists():
+        if not overwrite:
+            raise WeightsError(f"{folder} exists; nothing is overwritten. Choose another folder")
+        if hosts.is_first():
+            folder.rmtree()
+    return folder
 
 
 def save_adapter(
@@ -197,7 +224,8 @@ def save_adapter(
     model = adapt(abstract_qwen(policy_config(where)), adapted.lora)
     parameters = where / CHECKPOINTS / str(choose_step(where, step)) / "params"
     adapter = restore(model, parameters, wanted=is_adapter)
-    save_peft(adapter, folder, lora=adapted.lora, base=adapted.base, dtype=dtype)
+    with files.written(_target(folder), last=CONFIG) as here:
+        save_peft(adapter, here, lora=adapted.lora, base=adapted.base, dtype=dtype)
 
 
 def save_words(
@@ -212,15 +240,15 @@ def save_words(
         folder: is made.
         adapted: of which base checkpoints hold an adapter; None where they hold all parameters.
     """
-    folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    if adapted is not None:
-        text = json.dumps(dataclasses.asdict(adapted), ensure_ascii=False, indent=2)
-        (folder / ADAPTED).write_text(text + "\n", "utf-8")
-    ids = {"stop_ids": policy.encoder.stop_ids, "pad_id": policy.encoder.pad_id}
-    config = hf_config(policy.config, bos_id=policy.tokenizer.bos_token_id, **ids)
-    (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", "utf-8")
-    _write_words(policy, folder)
+    with files.written(files.place(folder), last=RECIPE) as here:
+        here.mkdir(parents=True, exist_ok=True)
+        if adapted is not None:
+            text = json.dumps(dataclasses.asdict(adapted), ensure_ascii=False, indent=2)
+            (here / ADAPTED).write_text(text + "\n", "utf-8")
+        ids = {"stop_ids": policy.encoder.stop_ids, "pad_id": policy.encoder.pad_id}
+        config = hf_config(policy.config, bos_id=policy.tokenizer.bos_token_id, **ids)
+        (here / "config.json").write_text(json.dumps(config, indent=2) + "\n", "utf-8")
+        _write_words(policy, here)
 
 
 def _write_words(policy: Policy, folder: Path, *, card: str = "") -> None:

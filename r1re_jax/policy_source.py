@@ -10,10 +10,12 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from etils import epath
 from flax import nnx
 from jax.sharding import Mesh, SingleDeviceSharding
 
 from r1re_jax import sharding
+from r1re_jax.files import absolute, children, is_remote, place, read_text
 from r1re_jax.model.gguf_file import SUFFIX
 from r1re_jax.model.lora import Lora
 from r1re_jax.model.qwen import Qwen
@@ -24,6 +26,8 @@ BASE = "base:"
 WORDS, CHECKPOINTS = "policy", "checkpoints"
 # Beside the words, where checkpoints hold an adapter: of which base.
 ADAPTED = "lora.json"
+# Orbax's mark that a checkpoint in a bucket is whole; on this machine it renames instead.
+COMMITTED = "commit_success.txt"
 HUB_FILES = ["*.json", "*.safetensors", "*.jinja"]
 
 
@@ -60,7 +64,7 @@ class Adapted:
             )
 
 
-def read_adapted(workdir: Path) -> Adapted | None:
+def read_adapted(workdir: epath.Path) -> Adapted | None:
     """Return what a work directory says of its adapter's base; None where it has no adapter.
 
     Raises:
@@ -76,7 +80,7 @@ def read_adapted(workdir: Path) -> Adapted | None:
         raise PolicyError(f"{path} cannot be used: {error!r}") from None
 
 
-def is_workdir(where: Path) -> bool:
+def is_workdir(where: epath.Path) -> bool:
     """Whether a folder is a work directory of a run."""
     return (where / CHECKPOINTS).is_dir() or (where / WORDS).is_dir()
 
@@ -84,23 +88,24 @@ def is_workdir(where: Path) -> bool:
 def lasting(source: str | os.PathLike) -> str:
     """Return a source by which it is found from any folder: names as they are, paths absolute."""
     name = os.fspath(source)
-    local = not name.startswith(BASE) and Path(name).exists()
+    local = not name.startswith(BASE) and not is_remote(name) and Path(name).exists()
     return str(Path(name).absolute()) if local else name
 
 
-def find(source: str | os.PathLike) -> Path:
+def find(source: str | os.PathLike) -> epath.Path:
     """Return the folder, or the GGUF file, that a source (of `load_policy`) means.
 
     Raises:
         PolicyError: there is none; the message says what was looked for.
         FetchError: a published policy that is not in the cache, with the command that fetches it.
+        PlaceError: a bucket that cannot be reached.
     """
-    name, folder = os.fspath(source), Path(source)
+    name, folder = os.fspath(source), place(source)
     if name.startswith(BASE):
-        folder = Path(__file__).parent / "base" / name.removeprefix(BASE)
+        folder = place(Path(__file__).parent / "base" / name.removeprefix(BASE))
         if folder.is_dir():
             return folder
-        there = sorted(path.name for path in folder.parent.glob("*") if path.is_dir())
+        there = sorted(path.name for path in children(folder.parent) if path.is_dir())
         raise PolicyError(f"no base policy {name!r}; there are {[BASE + each for each in there]}")
     if folder.is_dir() or (folder.is_file() and folder.suffix == SUFFIX):
         return folder
@@ -110,9 +115,9 @@ def find(source: str | os.PathLike) -> Path:
             " safetensors, or a run's"
         )
     if name in PUBLISHED:
-        return cached(name)
+        return place(cached(name))
     looked = (
-        f"no policy {name!r}: no folder or {SUFFIX} file {folder.absolute()}, no {BASE}NAME, and"
+        f"no policy {name!r}: no folder or {SUFFIX} file {absolute(folder)}, no {BASE}NAME, and"
         f" not one of {', '.join(PUBLISHED)}"
     )
     if not re.fullmatch(r"[\w.-]+/[\w.-]+", name) or name.startswith("."):
@@ -120,18 +125,28 @@ def find(source: str | os.PathLike) -> Path:
     try:
         from huggingface_hub import snapshot_download
 
-        return Path(snapshot_download(name, allow_patterns=HUB_FILES))
+        return place(snapshot_download(name, allow_patterns=HUB_FILES))
     except Exception as error:  # whatever failed there: offline, no such name, no access
         raise PolicyError(f"{looked}, and the hub has not given it: {error}") from error
 
 
-def choose_step(workdir: Path, step: int | None) -> int:
+def saved_steps(workdir: epath.Path) -> list[int]:
+    """Return the steps of all checkpoints that are whole, ascending."""
+    found = (path for path in children(workdir / CHECKPOINTS) if path.name.isdigit())
+    return sorted(int(path.name) for path in found if is_whole(path))
+
+
+def is_whole(checkpoint: epath.Path) -> bool:
+    """Whether Orbax has finished what is there of a checkpoint."""
+    return (checkpoint / COMMITTED).exists() if is_remote(checkpoint) else checkpoint.is_dir()
+
+
+def choose_step(workdir: epath.Path, step: int | None) -> int:
     """Return the step to load: the one asked for, else the best, else the newest.
 
     The newest checkpoint says how all steps scored.
     """
-    found = (workdir / CHECKPOINTS).glob("*")
-    steps = sorted(int(path.name) for path in found if path.name.isdigit())
+    steps = saved_steps(workdir)
     if not steps:
         raise PolicyError(f"{workdir} has no checkpoint yet in {CHECKPOINTS}/")
     if step is not None and step not in steps:
@@ -146,7 +161,7 @@ def choose_step(workdir: Path, step: int | None) -> int:
 
 def restore(
     model: Qwen,
-    folder: Path,
+    folder: epath.Path,
     *,
     dtype: str | jnp.dtype = "float32",
     mesh: Mesh | None = None,
@@ -179,7 +194,7 @@ def restore(
     }
     try:
         with ocp.StandardCheckpointer() as checkpointer:
-            return checkpointer.restore(folder.absolute(), target)
+            return checkpointer.restore(absolute(folder), target)
     except (FileNotFoundError, KeyError, ValueError) as error:
         raise PolicyError(
             f"{folder} does not hold the parameters of its policy: {error}"
@@ -202,10 +217,10 @@ def filled(model: Qwen, params: Mapping[str, jax.Array]) -> Qwen:
     return nnx.merge(graph, nnx.from_flat_state(flat))
 
 
-def read_json(path: Path) -> dict[str, Any]:
+def read_json(path: Path | epath.Path) -> dict[str, Any]:
     """Read a JSON object, or raise PolicyError."""
     try:
-        content = json.loads(path.read_text("utf-8"))
+        content = json.loads(read_text(epath.Path(path)))
     except FileNotFoundError:
         raise PolicyError(f"{path} is missing") from None
     except ValueError as error:

@@ -7,11 +7,12 @@ there when the evaluation is finished. A folder of another evaluation is refused
 import hashlib
 import json
 import os
-import pathlib
 from collections.abc import Sequence
 from typing import Any
 
-from r1re_jax import hosts
+from etils import epath
+
+from r1re_jax import files, hosts
 from r1re_jax.task.tasks import AnyExample
 
 ASKED, PREDICTIONS, METRICS = "evaluate.json", "predictions.jsonl", "metrics.json"
@@ -25,7 +26,7 @@ class EvaluationError(ValueError):
     """An evaluation that cannot be made or gone on with; nothing was overwritten."""
 
 
-def begin(folder: pathlib.Path, asked: dict[str, Any], examples: Sequence[AnyExample]) -> list[Row]:
+def begin(folder: epath.Path, asked: dict[str, Any], examples: Sequence[AnyExample]) -> list[Row]:
     """Make the folder ready and return the rows that it holds already.
 
     Args:
@@ -37,7 +38,6 @@ def begin(folder: pathlib.Path, asked: dict[str, Any], examples: Sequence[AnyExa
         EvaluationError: the folder holds an evaluation that asked something else, one of unknown
             origin, or predictions that are not of these examples.
     """
-    folder.mkdir(parents=True, exist_ok=True)
     note = folder / ASKED
     if note.exists():
         _check_same(folder, _parsed(note.read_bytes()).get("asked", {}), asked)
@@ -54,7 +54,7 @@ def begin(folder: pathlib.Path, asked: dict[str, Any], examples: Sequence[AnyExa
     return []
 
 
-def _check_same(folder: pathlib.Path, before: dict[str, Any], now: dict[str, Any]) -> None:
+def _check_same(folder: epath.Path, before: dict[str, Any], now: dict[str, Any]) -> None:
     """Refuse a folder of another evaluation, naming every difference."""
     names = [name for name in {**before, **now} if before.get(name) != now.get(name)]
     if names:
@@ -68,7 +68,7 @@ def _check_same(folder: pathlib.Path, before: dict[str, Any], now: dict[str, Any
         )
 
 
-def _resume(path: pathlib.Path, examples: Sequence[AnyExample], samples: int) -> list[Row]:
+def _resume(path: epath.Path, examples: Sequence[AnyExample], samples: int) -> list[Row]:
     """Read the rows of an interrupted evaluation; a torn last line is cut off the file."""
     if not path.exists():
         return []
@@ -85,7 +85,7 @@ def _resume(path: pathlib.Path, examples: Sequence[AnyExample], samples: int) ->
             )
         rows.append(row)
     if len(whole) < len(data) and hosts.is_first():
-        os.truncate(path, len(whole))
+        files.write(path, whole)
     return rows
 
 
@@ -97,23 +97,29 @@ def _parsed(line: bytes) -> Row:
     return row if isinstance(row, dict) else {}
 
 
-def append(path: pathlib.Path, rows: Sequence[Row]) -> None:
-    """Append rows at once: a kill leaves whole lines and at most one torn one."""
-    if not hosts.is_first():
-        return
-    with path.open("a", encoding="utf-8") as file:
-        file.write("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
-        file.flush()
-        os.fsync(file.fileno())
+class Growing:
+    """predictions.jsonl as rows come: lasting at once, or uploaded to a bucket now and then."""
+
+    def __init__(self, folder: epath.Path | None):
+        """Open the file of a folder that `begin` made ready; of None nothing is written."""
+        writes = folder is not None and hosts.is_first()
+        self._lines = files.open_lines(folder / PREDICTIONS, after=os.fsync) if writes else None
+
+    def append(self, rows: Sequence[Row]) -> None:
+        """Append rows at once: a kill leaves whole lines and at most one torn one."""
+        if self._lines is not None:
+            self._lines.add("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+
+    def close(self) -> None:
+        """Write what was held back."""
+        if self._lines is not None:
+            self._lines.close()
 
 
-def replace(path: pathlib.Path, text: str) -> None:
+def replace(path: epath.Path, text: str) -> None:
     """Write a file that is there whole or not at all."""
-    if not hosts.is_first():
-        return
-    temporary = path.with_name(path.name + ".part")
-    temporary.write_text(text, encoding="utf-8")
-    temporary.replace(path)
+    if hosts.is_first():
+        files.write(path, text)
 
 
 def sha256(value: Any) -> str:

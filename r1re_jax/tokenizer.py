@@ -2,9 +2,9 @@
 
 import os
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
+from r1re_jax.files import fetched, place
 from r1re_jax.policy_source import PolicyError
 
 # How text is cut before byte pairs are merged, by GGUF's `tokenizer.ggml.pre`; None: as in GPT-2.
@@ -29,7 +29,7 @@ def load_tokenizer(folder: str | os.PathLike) -> Any:
     Raises:
         PolicyError: no tokenizer.json, or one that cannot be read.
     """
-    path = Path(folder) / "tokenizer.json"
+    path = place(folder) / "tokenizer.json"
     if not path.is_file():
         raise PolicyError(
             f"{folder} has no tokenizer.json; a policy needs a fast tokenizer beside it"
@@ -38,7 +38,8 @@ def load_tokenizer(folder: str | os.PathLike) -> Any:
     from transformers import PreTrainedTokenizerFast
 
     try:
-        return PreTrainedTokenizerFast.from_pretrained(folder)
+        with fetched(path.parent) as here:
+            return PreTrainedTokenizerFast.from_pretrained(here)
     except Exception as error:  # the Rust library raises plain exceptions
         raise PolicyError(f"{path} cannot be read: {error}") from error
 

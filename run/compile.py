@@ -8,12 +8,12 @@ collectives, and for a slice the predicted time (`r1re_jax.launch.program` says 
 """
 
 import json
-import pathlib
 import sys
 
 import jax
 from absl import app, flags, logging
 
+from r1re_jax.files import place
 from r1re_jax.launch.compile import compile_run, predicted_step
 from r1re_jax.launch.needs import advice, refused, shown, summary
 from r1re_jax.launch.topology import tpu_slice
@@ -55,7 +55,7 @@ def main(argv: list[str]) -> None:
     if step is not None:
         result["predicted_step"] = step
     if JSON.value:
-        write_json(pathlib.Path(JSON.value), result)
+        write_json(place(JSON.value), result)
     print(json.dumps({name: value for name, value in result.items() if name != "programs"}))
     if result["fits"] is False:
         sys.exit(f"run.compile: {advice(result, where)}")

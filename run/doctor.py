@@ -6,12 +6,12 @@ Reads config, data and policy as run.train does, on the devices that are here, a
 and trainer on a few tokens. Nothing is trained, and nothing is written but FILE.
 """
 
-import pathlib
 import sys
 
 from absl import app, flags, logging
 from rich.console import Console
 
+from r1re_jax.files import place
 from r1re_jax.launch.doctor import examine, report, table
 from r1re_jax.train.workdir import write_json
 from run.programs import keep_programs
@@ -35,7 +35,7 @@ def main(argv: list[str]) -> None:
     Console(width=None if sys.stdout.isatty() else 120).print(table(results))
     found = report(results)
     if JSON.value:
-        write_json(pathlib.Path(JSON.value), found)
+        write_json(place(JSON.value), found)
     if not found["ok"]:
         sys.exit(1)
 

@@ -9,11 +9,12 @@ weights; --adapter writes it alone, in the format of PEFT. Without --step: the b
 where the run scored them, else the newest. Nothing is overwritten.
 """
 
-import pathlib
 import sys
 
 from absl import app, flags, logging
+from etils import epath
 
+from r1re_jax.files import absolute, children, is_remote, place
 from r1re_jax.launch.hub import check_push, push
 from r1re_jax.policy_files import load_policy, save_adapter, save_policy
 from r1re_jax.report.card import exported_step, model_card
@@ -30,18 +31,20 @@ PRIVATE = flags.DEFINE_bool("private", False, "make the pushed repository privat
 OVERWRITE = flags.DEFINE_bool("push_overwrite", False, "replace all that the repository holds")
 
 
-def export(out: pathlib.Path) -> None:
+def export(out: epath.Path) -> None:
     """Check, load, save and push."""
     rights = {"private": PRIVATE.value, "overwrite": OVERWRITE.value}
     if any(rights.values()) and not PUSH.value:
         raise ValueError("--private and --push_overwrite say how to --push; give --push=ORG/NAME")
-    if out.is_dir() and any(out.iterdir()) or out.is_file():
+    if PUSH.value and is_remote(out):
+        raise ValueError(f"--push uploads a folder of this machine; --out={out} is in a bucket")
+    if children(out) or out.is_file():
         raise ValueError(f"{out} exists and is not empty; nothing is overwritten, choose another")
     if ADAPTER.value:
         if PUSH.value:
             raise ValueError("--adapter writes no policy that could be pushed; leave --push out")
         save_adapter(WORKDIR.value, out, step=STEP.value, dtype=DTYPE.value)
-        print(f"exported the adapter of {WORKDIR.value} to {out.absolute()}")
+        print(f"exported the adapter of {WORKDIR.value} to {absolute(out)}")
         return
     if PUSH.value:
         check_push(PUSH.value, **rights)
@@ -50,14 +53,14 @@ def export(out: pathlib.Path) -> None:
     card = model_card(
         policy,
         WORKDIR.value,
-        name=PUSH.value or out.absolute().name,
+        name=PUSH.value or absolute(out).name,
         step=step,
         dtype=DTYPE.value,
         licence=LICENSE.value,
     )
     shard = int(SHARD.value * 1e9)
     save_policy(policy, out, dtype=DTYPE.value, card=card, max_shard_bytes=shard)
-    print(f"exported {policy.provenance} to {out.absolute()}")
+    print(f"exported {policy.provenance} to {absolute(out)}")
     if PUSH.value:
         print(f"pushed to {push(out, PUSH.value, **rights)}")
 
@@ -68,7 +71,7 @@ def main(argv: list[str]) -> None:
     if len(argv) > 1:
         raise app.UsageError(f"unexpected arguments {argv[1:]}")
     try:
-        export(pathlib.Path(OUT.value))
+        export(place(OUT.value))
     except (ValueError, OSError) as error:
         sys.exit(f"run.export: {error}")
 

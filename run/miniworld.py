@@ -4,10 +4,9 @@ python -m run.miniworld --fresh=DIR     tokenizer and random weights, a Hugging 
 python -m run.miniworld --data=DIR      held-out sets, JSON lines and guides, as run.evaluate reads
 """
 
-import pathlib
-
 from absl import app, flags
 
+from r1re_jax.files import place, write
 from r1re_jax.launch.fresh import fresh_policy
 from r1re_jax.task import miniworld
 from r1re_jax.task.readers import write_jsonl
@@ -26,10 +25,9 @@ def main(argv: list[str]) -> None:
         policy = fresh_policy(FRESH.value, seed=SEED.value)
         print(f"{FRESH.value}: {policy.model.config}")
     for domain in ("general", "medical") if DATA.value else ():
-        folder = pathlib.Path(DATA.value)
-        folder.mkdir(parents=True, exist_ok=True)
+        folder = place(DATA.value)
         guide, examples = miniworld.examples(domain=domain, count=COUNT.value, seed=SEED.value)
-        (folder / f"{domain}.md").write_text(guide.text, encoding="utf-8")
+        write(folder / f"{domain}.md", guide.text)
         write_jsonl(folder / f"{domain}.jsonl", examples)
         print(f"{folder / domain}.jsonl: {len(examples)} examples, with {domain}.md")
 

@@ -11,13 +11,13 @@ import argparse
 import contextlib
 import json
 import os
-import pathlib
 import sys
 import time
 
 from rich.console import Console
 
 from configs import miniworld
+from r1re_jax.files import place
 from r1re_jax.report import quickstart
 from r1re_jax.report.history import read_history
 from run.train import train
@@ -31,7 +31,7 @@ def main() -> None:
     smoke = parser.parse_args().smoke
     start = float(os.environ.get("R1RE_START", time.time()))
     seed = int(os.environ.get("R1RE_SEED", "0"))
-    out = pathlib.Path(os.environ.get("R1RE_OUT", "runs/quickstart")) / f"seed-{seed}"
+    out = place(os.environ.get("R1RE_OUT", "runs/quickstart")) / f"seed-{seed}"
     finished = {}
     for variant in ("", "sft_only"):
         config = miniworld.get_config(f"{variant},smoke" if smoke else variant)

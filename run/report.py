@@ -7,6 +7,7 @@ import sys
 
 from absl import app, flags
 
+from r1re_jax.files import PlaceError
 from r1re_jax.report.html import write_report
 
 WORKDIR = flags.DEFINE_string("workdir", None, "work directory of run.train", required=True)
@@ -18,7 +19,7 @@ def main(argv: list[str]) -> None:
         raise app.UsageError(f"unexpected arguments {argv[1:]}; the folder goes into --workdir")
     try:
         print(write_report(WORKDIR.value))
-    except FileNotFoundError as error:
+    except (FileNotFoundError, PlaceError) as error:
         sys.exit(f"run.report: {error}")
 
 

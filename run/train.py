@@ -2,26 +2,30 @@
 
 python -m run.train --config=configs/F.py --workdir=W [--config.grpo.steps=200 ...]
 
-W gets config.json, metrics.jsonl, completions/, eval/ and checkpoints/. The same command goes on
-where the run was interrupted. SIGTERM and SIGINT save and end with 143 and 130; a second kills.
---profile=3 traces three steps of each phase into W/profile.
+W, a folder or gs://BUCKET/NAME, gets config.json, metrics.jsonl, completions/, eval/ and
+checkpoints/. The same command goes on where the run was interrupted. SIGTERM and SIGINT save and
+end with 143 and 130; a second kills. --profile=3 traces three steps of each phase into W/profile,
+or into a folder of this machine where W is in a bucket.
 """
 
 import contextlib
 import pathlib
 import shlex
 import sys
+import tempfile
 from collections.abc import Mapping
 from typing import Any
 
 from absl import app, flags, logging
+from etils import epath
 
 from r1re_jax import hosts
+from r1re_jax.files import PlaceError, is_remote, place
 from r1re_jax.report.progress import open_progress
 from r1re_jax.report.trackers import check_trackers, open_trackers
-from r1re_jax.report.writers import JsonlWriter, Writer
+from r1re_jax.report.writers import JsonlWriter
 from r1re_jax.train.config import read_settings, resolved
-from r1re_jax.train.hooks import Hooks
+from r1re_jax.train.hooks import Hooks, Writer
 from r1re_jax.train.loop import Outcome, run_training
 from r1re_jax.train.parity import ParityError
 from r1re_jax.train.profile import StepProfiler
@@ -38,13 +42,14 @@ WORKDIR = flags.DEFINE_string(
 PROFILE = flags.DEFINE_integer(
     "profile",
     0,
-    "steps of each phase to trace, from its second on, into WORKDIR/profile",
+    "steps of each phase to trace, from its second on, into WORKDIR/profile (of a bucket's: into a"
+    " folder of this machine, which is printed)",
     lower_bound=0,
 )
 
 
 def train(
-    config: Mapping[str, Any], workdir: pathlib.Path, *, again: str, profile: int = 0
+    config: Mapping[str, Any], workdir: epath.Path, *, again: str, profile: int = 0
 ) -> Settings:
     """Train until the last step; a signal or a problem ends the process.
 
@@ -56,7 +61,7 @@ def train(
     """
     keep_programs()
     logging.set_verbosity(logging.WARNING)  # Orbax tells of every save in a dozen lines
-    profiler = StepProfiler(workdir / "profile", steps=profile)
+    profiler = StepProfiler(_profile_folder(workdir, profile), steps=profile)
     with StopSignals() as signals, contextlib.closing(open_progress(sys.stderr)) as progress:
 
         def writers(resume_step: int) -> tuple[Writer, ...]:
@@ -98,10 +103,18 @@ def main(argv: list[str]) -> None:
         raise app.UsageError(f"unexpected arguments {argv[1:]}")
     try:
         hosts.join()
-    except hosts.HostsError as error:
+        workdir = place(WORKDIR.value)
+    except (hosts.HostsError, PlaceError) as error:
         sys.exit(f"run.train: {error}")
     again = shlex.join([sys.executable, "-m", "run.train", *sys.argv[1:]])
-    train(CONFIG.value, pathlib.Path(WORKDIR.value), again=again, profile=PROFILE.value)
+    train(CONFIG.value, workdir, again=again, profile=PROFILE.value)
+
+
+def _profile_folder(workdir: epath.Path, steps: int) -> pathlib.Path:
+    """Where traces go: XLA's profiler writes to this machine alone."""
+    if not steps or not is_remote(workdir):
+        return pathlib.Path(workdir) / "profile"
+    return pathlib.Path(tempfile.mkdtemp(prefix="r1re-profile-"))
 
 
 def _traced(profiler: StepProfiler) -> str:
@@ -111,7 +124,7 @@ def _traced(profiler: StepProfiler) -> str:
     return f"traced {', '.join(profiler.traces)}. To look at it: {look}"
 
 
-def _farewell(outcome: Outcome, workdir: pathlib.Path, again: str) -> None:
+def _farewell(outcome: Outcome, workdir: epath.Path, again: str) -> None:
     done = f"step {outcome.step} of {outcome.steps}"
     if outcome.stopped is None:
         print(f"finished at {done}, in {workdir}")

@@ -1,6 +1,6 @@
 """What every test gets: eight simulated devices, strict shapes, quiet libraries, shared data."""
 
-import importlib
+import importlib.util
 import os
 import pathlib
 import random
@@ -8,6 +8,7 @@ import sys
 from collections.abc import Callable, Generator, Iterator
 
 from run.programs import machine
+from tests.fake_gcs import FakeGCS
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 CACHE = ROOT / ".cache"
@@ -82,6 +83,25 @@ def smollm2() -> pathlib.Path:
         return fetch("smollm2-135m")
     except (FetchError, OSError) as error:
         pytest.skip(f"SmolLM2 could not be fetched: {error}")
+
+
+@pytest.fixture(scope="session")
+def gcs() -> Iterator[FakeGCS]:
+    """A fake of Google Cloud Storage, which this process and those that it starts find."""
+    if importlib.util.find_spec("gcsfs") is None:  # it may be imported when it knows where to look
+        pytest.skip("gcsfs, of the extra `gcs`, is not installed")
+    with FakeGCS().serving() as store, pytest.MonkeyPatch.context() as patch:
+        for name, value in store.environment.items():
+            patch.setenv(name, value)
+        yield store
+
+
+@pytest.fixture
+def bucket(gcs: FakeGCS) -> str:
+    """The address of an empty bucket, of a name that no other test has."""
+    name = f"bucket-{len(gcs.buckets)}"
+    gcs.buckets[name] = {}
+    return f"gs://{name}"
 
 
 # Fixtures of real data: where the data should be, a test that skips for want of it has failed.

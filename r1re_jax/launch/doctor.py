@@ -9,10 +9,7 @@ import enum
 import functools
 import importlib.metadata
 import os
-import shutil
-import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -20,6 +17,7 @@ from jax.sharding import Mesh
 from rich.table import Table
 from rich.text import Text
 
+from r1re_jax.files import absolute, free_bytes, is_remote, place
 from r1re_jax.launch.holdings import device_limit, held
 from r1re_jax.policy import Limits
 from r1re_jax.task.completions import Taught
@@ -352,17 +350,17 @@ def _workdir(
     """Check whose it is, and write and remove a file where it is or will be made."""
     if workdir is None:
         raise Skipped("give --workdir to check it")
-    workdir = Path(workdir).absolute()
+    workdir = absolute(place(workdir))
     check_workdir(workdir, settings, data=opened[0].sha256)
-    folder = next(path for path in (workdir, *workdir.parents) if path.exists())
-    if not folder.is_dir():
+    folder = workdir
+    while not (folder.exists() or is_remote(folder)):
+        folder = folder.parent
+    if folder.exists() and not folder.is_dir():
         raise WorkdirError(f"{folder} is a file; expected a folder, or nothing yet")
-    with tempfile.TemporaryFile(dir=folder):
-        pass
-    step = newest_step(workdir)
+    free, step = free_bytes(folder), newest_step(workdir)
     facts = {
         "state": "nothing to go on from" if step is None else f"goes on from step {step}",
-        "free": f"{shutil.disk_usage(folder).free / 2**30:.1f} GiB",
+        "free": "as much as the bucket takes" if free is None else f"{free / 2**30:.1f} GiB",
     }
     return Finding(workdir, facts)
 

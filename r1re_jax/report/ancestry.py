@@ -7,6 +7,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from etils import epath
+
+from r1re_jax.files import PlaceError, absolute, fetched, place
 from r1re_jax.model.gguf_file import open_gguf
 from r1re_jax.policy_files import CARD, RECIPE
 from r1re_jax.policy_source import BASE, PolicyError, find, is_workdir
@@ -67,7 +70,7 @@ def ancestors(source: str | os.PathLike) -> list[Ancestor]:
         if where is None or not is_workdir(where):
             return [*found, _ancestor(name, where)]
         if depth:
-            found.append(Ancestor(name=f"run {where.absolute().name}"))
+            found.append(Ancestor(name=f"run {absolute(where).name}"))
         name = section(read_json(where / "config.json", []), "model").get("path")
         if not name:
             break
@@ -85,22 +88,27 @@ def licence_of(given: str, chain: Sequence[Ancestor]) -> Licence:
     return Licence(fields={"license": UNKNOWN}, origin="")
 
 
-def _place(name: str) -> Path | None:
-    """Return where a policy is on this machine, or None."""
+def _place(name: str) -> epath.Path | None:
+    """Return where a policy is on this machine or in a bucket, or None."""
     if name.startswith(BASE):
         try:
             return find(name)
         except PolicyError:  # a run of another version began from it
             return None
-    return Path(name) if Path(name).exists() else None
+    try:
+        where = place(name)
+    except PlaceError:  # a bucket that is no more, or not for us
+        return None
+    return where if where.exists() else None
 
 
-def _ancestor(name: str, where: Path | None) -> Ancestor:
+def _ancestor(name: str, where: epath.Path | None) -> Ancestor:
     if name in PUBLISHED:
         one = PUBLISHED[name]
         return Ancestor(name=name, hub=one.base, metadata={"license": one.license})
     if where is not None and where.is_file():
-        said = open_gguf(where).metadata.get("general.license")
+        with fetched(where) as here:
+            said = open_gguf(here).metadata.get("general.license")
         return Ancestor(name=where.name, metadata={"license": said} if said else {})
     if where is None and HUB_NAME.fullmatch(name):
         return Ancestor(name=name, hub=name, metadata=_hub_metadata(name))
@@ -110,7 +118,7 @@ def _ancestor(name: str, where: Path | None) -> Ancestor:
     said = front_matter(where / CARD)
     # An export of ours is one step of the way; what another folder began from is not what we did.
     hub = said.get("base_model") if (where / RECIPE).is_file() else ""
-    return Ancestor(name=where.absolute().name, hub=hub or "", metadata=said)
+    return Ancestor(name=absolute(where).name, hub=hub or "", metadata=said)
 
 
 def _hub_metadata(name: str) -> Mapping[str, Any]:
@@ -118,16 +126,17 @@ def _hub_metadata(name: str) -> Mapping[str, Any]:
     from huggingface_hub import hf_hub_download
 
     try:
-        return front_matter(Path(hf_hub_download(name, CARD)))
+        return front_matter(place(hf_hub_download(name, CARD)))
     except Exception:  # whatever failed there: offline, no card, no access; nothing is known then
         return {}
 
 
-def front_matter(path: Path) -> Mapping[str, Any]:
+def front_matter(path: epath.Path) -> Mapping[str, Any]:
     """Return the YAML front matter of a model card; empty where none can be read."""
     from huggingface_hub.repocard import metadata_load
 
     try:
-        return (metadata_load(path) if path.is_file() else None) or {}
+        with fetched(path) as here:
+            return (metadata_load(here) if here.is_file() else None) or {}
     except Exception:  # whatever YAML's reader raises: such a card says nothing
         return {}

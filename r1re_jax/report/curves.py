@@ -3,14 +3,15 @@
 import dataclasses
 import io
 import itertools
-import pathlib
 from collections.abc import Iterator, Sequence
 
+from etils import epath
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 
+from r1re_jax import files
 from r1re_jax.report.history import History, is_number
 
 # Told apart also without colour vision (Okabe and Ito, 2008).
@@ -93,13 +94,12 @@ def png(figure: Figure) -> bytes:
     return buffer.getvalue()
 
 
-def save_curves(history: History, folder: pathlib.Path) -> dict[str, pathlib.Path]:
+def save_curves(history: History, folder: epath.Path) -> dict[str, epath.Path]:
     """Write every panel as `<name>.png` into `folder`; return the paths by panel name."""
     paths = {}
     for panel, figure in draw_curves(history):
         paths[panel.name] = folder / f"{panel.name}.png"
-        folder.mkdir(parents=True, exist_ok=True)
-        paths[panel.name].write_bytes(png(figure))
+        files.write(paths[panel.name], png(figure))
     return paths
 
 

@@ -1,13 +1,17 @@
 """What a work directory says about its run, read leniently: half a run has a report too."""
 
+import io
 import itertools
 import json
-import pathlib
+import os
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
+from etils import epath
+
+from r1re_jax.files import absolute, children, open_bytes, place, read_text
 from r1re_jax.report.writers import Value, read_metrics
 
 _EVALUATION = re.compile(r"(?P<step>\d+)-(?P<name>.+)")
@@ -27,7 +31,7 @@ class Evaluation:
     step: int
     name: str
     metrics: dict[str, Any]
-    folder: pathlib.Path
+    folder: epath.Path
 
     @property
     def interval(self) -> tuple[float, float] | None:
@@ -51,11 +55,11 @@ class History:
         gaps: what is missing or could not be read, one sentence each.
     """
 
-    workdir: pathlib.Path
+    workdir: epath.Path
     config: dict[str, Any]
     metrics: tuple[dict[str, Value], ...]
     evaluations: tuple[Evaluation, ...]
-    completions: tuple[pathlib.Path, ...]
+    completions: tuple[epath.Path, ...]
     gaps: tuple[str, ...]
 
     @property
@@ -100,26 +104,28 @@ def section(config: dict[str, Any], name: str) -> dict[str, Any]:
     return found if isinstance(found, dict) else {}
 
 
-def read_history(workdir: str | pathlib.Path) -> History:
+def read_history(workdir: str | os.PathLike) -> History:
     """Read everything a report needs; parts that are missing or broken become `gaps`.
 
     Raises:
         FileNotFoundError: no such folder, or one that holds nothing of a run.
+        PlaceError: a bucket that cannot be reached.
     """
-    workdir = pathlib.Path(workdir)
+    workdir = place(workdir)
     if not workdir.is_dir():
         raise FileNotFoundError(
-            f"no work directory at {workdir.absolute()}; give the one of run.train"
+            f"no work directory at {absolute(workdir)}; give the one of run.train"
         )
     gaps: list[str] = []
     config = read_json(workdir / "config.json", gaps)
     metrics = _metrics(workdir / "metrics.jsonl", gaps)
     evaluations = tuple(_evaluations(workdir / "eval", gaps))
-    files = [path for path in workdir.glob("completions/*.jsonl") if path.stem.isdigit()]
-    completions = tuple(sorted(files, key=lambda path: int(path.stem)))
+    lines = [path for path in children(workdir / "completions") if path.suffix == ".jsonl"]
+    numbered = (path for path in lines if path.stem.isdigit())
+    completions = tuple(sorted(numbered, key=lambda path: int(path.stem)))
     if not (config or metrics or evaluations or completions):
         raise FileNotFoundError(
-            f"{workdir.absolute()} holds no run: expected config.json, metrics.jsonl, eval/ or"
+            f"{absolute(workdir)} holds no run: expected config.json, metrics.jsonl, eval/ or"
             " completions/ as run.train writes them"
         )
     return History(
@@ -132,15 +138,15 @@ def read_history(workdir: str | pathlib.Path) -> History:
     )
 
 
-def read_rows(path: pathlib.Path, *, limit: int | None = None) -> Iterator[dict[str, Any]]:
+def read_rows(path: epath.Path, *, limit: int | None = None) -> Iterator[dict[str, Any]]:
     """The JSON objects of a .jsonl file, skipping what does not parse; at most `limit`."""
     if not path.is_file():
         return iter(())
     return itertools.islice(_rows(path), limit)
 
 
-def _rows(path: pathlib.Path) -> Iterator[dict[str, Any]]:
-    with path.open(encoding="utf-8") as lines:
+def _rows(path: epath.Path) -> Iterator[dict[str, Any]]:
+    with io.TextIOWrapper(open_bytes(path), "utf-8") as lines:
         for line in lines:
             try:
                 row = json.loads(line)
@@ -150,13 +156,13 @@ def _rows(path: pathlib.Path) -> Iterator[dict[str, Any]]:
                 yield row
 
 
-def read_json(path: pathlib.Path, gaps: list[str]) -> dict[str, Any]:
+def read_json(path: epath.Path, gaps: list[str]) -> dict[str, Any]:
     """A JSON object, or an empty one with the reason added to `gaps`."""
     if not path.is_file():
         gaps.append(f"{path.name} is missing")
         return {}
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
+        found = json.loads(read_text(path))
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         gaps.append(f"{path.name} could not be read: {error}")
         return {}
@@ -166,7 +172,7 @@ def read_json(path: pathlib.Path, gaps: list[str]) -> dict[str, Any]:
     return found
 
 
-def _metrics(path: pathlib.Path, gaps: list[str]) -> tuple[dict[str, Value], ...]:
+def _metrics(path: epath.Path, gaps: list[str]) -> tuple[dict[str, Value], ...]:
     if not path.is_file():
         gaps.append("metrics.jsonl is missing: no training curves")
         return ()
@@ -177,10 +183,10 @@ def _metrics(path: pathlib.Path, gaps: list[str]) -> tuple[dict[str, Value], ...
         return ()
 
 
-def _evaluations(folder: pathlib.Path, gaps: list[str]) -> list[Evaluation]:
+def _evaluations(folder: epath.Path, gaps: list[str]) -> list[Evaluation]:
     """Finished evaluations by step and name; an unfinished one is a gap."""
     found = []
-    for path in sorted(folder.glob("*-*")) if folder.is_dir() else ():
+    for path in children(folder):
         match = _EVALUATION.fullmatch(path.name)
         if match is None or not path.is_dir():
             continue

@@ -9,12 +9,13 @@ import dataclasses
 import importlib.resources
 import json
 import os
-import pathlib
 from collections.abc import Mapping
 from typing import Any
 
 import jinja2
+from etils import epath
 
+from r1re_jax.files import absolute, write
 from r1re_jax.report.curves import PANELS, save_curves
 from r1re_jax.report.history import (
     Evaluation,
@@ -58,7 +59,7 @@ class Cell:
     right: bool
 
 
-def write_report(workdir: str | os.PathLike) -> pathlib.Path:
+def write_report(workdir: str | os.PathLike) -> epath.Path:
     """Write report.html and curves/*.png into a work directory from what is there.
 
     Returns:
@@ -66,17 +67,16 @@ def write_report(workdir: str | os.PathLike) -> pathlib.Path:
 
     Raises:
         FileNotFoundError: no such folder, or one without anything of a run.
+        PlaceError: a bucket that cannot be reached.
     """
-    history = read_history(pathlib.Path(workdir))
-    path = history.workdir.absolute() / "report.html"
-    temporary = path.with_suffix(".html.tmp")
+    history = read_history(workdir)
+    path = absolute(history.workdir) / "report.html"
     pictures = save_curves(history, path.parent / "curves")
-    temporary.write_text(render(history, pictures), encoding="utf-8")
-    temporary.replace(path)
+    write(path, render(history, pictures))
     return path
 
 
-def render(history: History, pictures: Mapping[str, pathlib.Path]) -> str:
+def render(history: History, pictures: Mapping[str, epath.Path]) -> str:
     """The page as HTML text; `pictures` are PNG files by panel name."""
     source = importlib.resources.files("r1re_jax.report") / "report.html.jinja"
     environment = jinja2.Environment(
@@ -85,7 +85,7 @@ def render(history: History, pictures: Mapping[str, pathlib.Path]) -> str:
     template = environment.from_string(source.read_text(encoding="utf-8"))
     finals = [history.of_set(name)[-1] for name in history.sets]
     return template.render(
-        title=history.workdir.absolute().name,
+        title=absolute(history.workdir).name,
         width=len(columns(history)),
         extracts=columns(history) != COLUMNS,
         facts=facts(history),

@@ -18,6 +18,7 @@ from rich.text import Text
 
 from r1re_jax.report.history import is_number
 from r1re_jax.report.writers import plain
+from r1re_jax.train import hooks
 
 # Metric name, what it is called on screen, format. Shown in this order where a step has it.
 FIGURES = (
@@ -35,20 +36,8 @@ FIGURES = (
 COMPILED = ("rollout", "reference", "update")
 
 
-class Progress(Protocol):
+class Progress(hooks.Writer, hooks.Progress, Protocol):
     """A writer that also hears of phases and of life within a step."""
-
-    def phase(self, name: str, *, total: int, done: int = 0) -> None:
-        """A part of the run begins: `total` is its last step, `done` the last finished one."""
-
-    def write(self, step: int, values: Mapping[str, Any]) -> None:
-        """`step` is finished."""
-
-    def tick(self, note: str = "") -> None:
-        """Something moved within the step, for example a chunk of a rollout."""
-
-    def close(self) -> None:
-        """Stop showing."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -1,12 +1,13 @@
 """The main job on the embedded default, and the one line of JSON that sums it up."""
 
 import dataclasses
-import pathlib
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from etils import epath
 from rich.console import Console
 
+from r1re_jax.files import absolute
 from r1re_jax.policy_files import load_policy, save_policy
 from r1re_jax.report.card import exported_step, model_card
 from r1re_jax.report.curves import save_curves
@@ -29,19 +30,19 @@ class Products:
         export: Hugging Face folder of the trained policy.
     """
 
-    report: pathlib.Path
-    curves: tuple[pathlib.Path, ...]
-    export: pathlib.Path
+    report: epath.Path
+    curves: tuple[epath.Path, ...]
+    export: epath.Path
 
 
-def finish(workdir: pathlib.Path, *, export: pathlib.Path) -> Products:
+def finish(workdir: epath.Path, *, export: epath.Path) -> Products:
     """Write report, curves and export of a finished run; an export that is there is kept.
 
     Args:
         workdir: of the run.
         export: folder to write.
     """
-    workdir = workdir.absolute()
+    workdir = absolute(workdir)
     history = read_history(workdir)
     curves = save_curves(history, workdir / "curves")
     if not (export / "config.json").is_file():
@@ -49,9 +50,9 @@ def finish(workdir: pathlib.Path, *, export: pathlib.Path) -> Products:
         policy = load_policy(workdir, step=step)
         save_policy(policy, export, card=model_card(policy, workdir, name=export.name, step=step))
     return Products(
-        report=write_report(workdir).absolute(),
-        curves=tuple(path.absolute() for path in curves.values()),
-        export=export.absolute(),
+        report=write_report(workdir),
+        curves=tuple(curves.values()),
+        export=absolute(export),
     )
 
 

@@ -6,14 +6,17 @@ Credentials come from the service's environment (`WANDB_API_KEY`, `HF_TOKEN`), n
 import importlib
 import importlib.util
 import json
-import pathlib
+import tempfile
 import uuid
 from collections.abc import Callable, Mapping
 from typing import Any
 
 from absl import logging
+from etils import epath
 
-from r1re_jax.report.writers import TensorBoardWriter, Writer, plain
+from r1re_jax import files
+from r1re_jax.report.writers import TensorBoardWriter, plain
+from r1re_jax.train.hooks import Writer
 from r1re_jax.train.settings import LogSettings
 
 IDENTITY = "tracking.json"
@@ -59,7 +62,7 @@ class TrackerWriter:
 
 
 def open_trackers(
-    log: LogSettings, workdir: pathlib.Path, *, config: Mapping[str, Any], resume_step: int
+    log: LogSettings, workdir: epath.Path, *, config: Mapping[str, Any], resume_step: int
 ) -> tuple[Writer, ...]:
     """Open the services that a config names; a run that goes on goes on there too.
 
@@ -77,10 +80,12 @@ def open_trackers(
     if log.tensorboard:
         writers.append(TensorBoardWriter(workdir / "tensorboard", resume_step=resume_step))
     asked = {"project": log.project, "config": dict(config), "resume": "allow"}
-    name = workdir.absolute().name
+    name = files.absolute(workdir).name
     if log.wandb:
         identity = _identity(workdir)
-        writers.append(_begun("wandb", **asked, id=identity, name=name, dir=str(workdir)))
+        # Of a run in a bucket it keeps its own files on this machine.
+        beside = tempfile.mkdtemp(prefix="r1re-wandb-") if files.is_remote(workdir) else workdir
+        writers.append(_begun("wandb", **asked, id=identity, name=name, dir=str(beside)))
     if log.trackio:  # it knows a run by its name alone
         writers.append(_begun("trackio", **asked, name=f"{name}-{_identity(workdir)}"))
     return tuple(writers)
@@ -113,9 +118,9 @@ def _begun(name: str, /, **asked: Any) -> TrackerWriter:
     return TrackerWriter(name, log=service.log, finish=service.finish)
 
 
-def _identity(workdir: pathlib.Path) -> str:
+def _identity(workdir: epath.Path) -> str:
     """Return the run's id, made once and kept in the work directory."""
     path = workdir / IDENTITY
     if not path.exists():
-        path.write_text(json.dumps({"id": uuid.uuid4().hex[:8]}) + "\n", encoding="utf-8")
-    return json.loads(path.read_text("utf-8"))["id"]
+        files.write(path, json.dumps({"id": uuid.uuid4().hex[:8]}) + "\n")
+    return json.loads(files.read_text(path))["id"]

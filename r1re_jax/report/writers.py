@@ -4,20 +4,18 @@ import json
 import math
 import os
 import pathlib
+import shutil
+import tempfile
 from collections.abc import Mapping
-from typing import Any, Protocol
+from typing import Any
+
+from etils import epath
+
+from r1re_jax import files
 
 Value = float | int | str | bool | None
-
-
-class Writer(Protocol):
-    """Takes the figures of a step. A step may be written several times with different names."""
-
-    def write(self, step: int, values: Mapping[str, Any]) -> None:
-        """Record `values` (Python, NumPy or JAX scalars and strings) under `step`."""
-
-    def close(self) -> None:
-        """Flush and release what the writer holds."""
+# Seconds between two uploads of events to a bucket; TensorBoard looks as seldom.
+EVENT_SECONDS = 60.0
 
 
 def plain(value: Any) -> Value:
@@ -37,7 +35,11 @@ def plain(value: Any) -> Value:
 
 
 class JsonlWriter:
-    """Appends one JSON object a step to a file and flushes it, so that a crash loses nothing."""
+    """Appends one JSON object a step to a file and flushes it, so that a crash loses nothing.
+
+    In a bucket the file is uploaded now and then, and by `flush`, which comes before a checkpoint:
+    a crash loses lines of steps that are done again.
+    """
 
     def __init__(self, path: str | os.PathLike, *, resume_step: int | None = None):
         """Open the file for appending.
@@ -47,32 +49,45 @@ class JsonlWriter:
             resume_step: last step that counts. Lines of later steps are dropped: the resumed run
                 writes them again. None keeps every whole line. A torn last line always goes.
         """
-        self.path = pathlib.Path(path)
-        self.path.parent.mkdir(parents=True, exist_ok=True)
+        self.path = files.place(path)
         if self.path.exists():
             _keep_until(self.path, resume_step)
-        self._file = self.path.open("a", encoding="utf-8")
+        self._lines = files.open_lines(self.path)
 
     def write(self, step: int, values: Mapping[str, Any]) -> None:
         """Append `{"step": step, **values}`."""
         row = {"step": int(step), **{name: plain(value) for name, value in values.items()}}
-        self._file.write(json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n")
-        self._file.flush()
+        self._lines.add(json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n")
+
+    def flush(self) -> None:
+        """Write what is held back."""
+        self._lines.flush()
 
     def close(self) -> None:
         """Close the file."""
-        self._file.close()
+        self._lines.close()
 
 
 class TensorBoardWriter:
-    """Writes numbers as TensorBoard scalars; strings and missing values are left out."""
+    """Writes numbers as TensorBoard scalars; strings and missing values are left out.
+
+    Events for a bucket are written on this machine and uploaded now and then: tensorboardX, which
+    could write there, waits for ever for a thread of its own once an upload has failed.
+    """
 
     def __init__(self, folder: str | os.PathLike, *, resume_step: int | None = None):
         """Open an event file in `folder`; TensorBoard hides events after `resume_step`."""
         from tensorboardX import SummaryWriter  # protobuf: not for those who only read JSON
 
         purge = None if resume_step is None else resume_step + 1
-        self._writer = SummaryWriter(str(folder), purge_step=purge)
+        self._folder, self._beside = files.place(folder), None
+        if files.is_remote(self._folder):
+            self._beside = pathlib.Path(tempfile.mkdtemp(prefix="r1re-tensorboard-"))
+        here = str(folder if self._beside is None else self._beside)
+        self._writer, self._pause = (
+            SummaryWriter(here, purge_step=purge),
+            files.Pause(EVENT_SECONDS),
+        )
 
     def write(self, step: int, values: Mapping[str, Any]) -> None:
         """Add each number under its name."""
@@ -80,10 +95,23 @@ class TensorBoardWriter:
             number = plain(value)
             if isinstance(number, int | float):
                 self._writer.add_scalar(name, float(number), global_step=int(step))
+        if self._beside is not None and self._pause.over():
+            self.flush()
+
+    def flush(self) -> None:
+        """Upload the events that are written; the last ones may still be on their way."""
+        if self._beside is not None:
+            self._writer.flush()
+            for path in self._beside.iterdir():
+                files.write(self._folder / path.name, path.read_bytes())
 
     def close(self) -> None:
         """Flush and close the event file."""
         self._writer.close()
+        if self._beside is not None:
+            self.flush()
+            shutil.rmtree(self._beside)
+            self._beside = None
 
 
 def read_metrics(path: str | os.PathLike) -> list[dict[str, Value]]:
@@ -95,7 +123,7 @@ def read_metrics(path: str | os.PathLike) -> list[dict[str, Value]]:
         ValueError: another line is no JSON object with an integer `step`; names file and line.
     """
     merged: dict[int, dict[str, Value]] = {}
-    lines = pathlib.Path(path).read_text(encoding="utf-8").split("\n")
+    lines = files.read_text(files.place(path)).split("\n")
     for number, line in enumerate(lines, start=1):
         row = _parsed(line)
         if row is not None:
@@ -116,9 +144,9 @@ def _parsed(line: str) -> dict[str, Any] | None:
     return row if isinstance(row, dict) and isinstance(row.get("step"), int) else None
 
 
-def _keep_until(path: pathlib.Path, last: int | None) -> None:
+def _keep_until(path: epath.Path, last: int | None) -> None:
     """Drop the lines of steps after `last` and a torn last line; the file is replaced at once."""
-    text = path.read_text(encoding="utf-8")
+    text = files.read_text(path)
     whole = text[: text.rfind("\n") + 1].splitlines(keepends=True)
     rows = [_parsed(line) for line in whole]
     for number, row in enumerate(rows, start=1):
@@ -131,6 +159,4 @@ def _keep_until(path: pathlib.Path, last: int | None) -> None:
         line for line, row in zip(whole, rows, strict=True) if last is None or row["step"] <= last
     )
     if kept != text:
-        temporary = path.with_name(path.name + ".tmp")
-        temporary.write_text(kept, encoding="utf-8")
-        temporary.replace(path)
+        files.write(path, kept)

@@ -8,9 +8,11 @@ import os
 import re
 from collections.abc import Iterable, Iterator
 from importlib import resources
-from pathlib import Path
 from typing import Any
 
+from etils import epath
+
+from r1re_jax.files import absolute, open_bytes, place
 from r1re_jax.task.relations import (
     DataError,
     Example,
@@ -52,21 +54,22 @@ def packaged_guide(name: str) -> Guide:
     return parse_guide(file.read_text(encoding="utf-8"), source=f"guides/{name}.md")
 
 
-def resolve_data(path: str | os.PathLike[str]) -> Path:
+def resolve_data(path: str | os.PathLike[str]) -> epath.Path:
     """Finds a data file: an absolute path, or relative to the working directory or $R1RE_DATA.
 
     Raises:
       DataError: no such file; lists the places.
+      PlaceError: a bucket that cannot be reached.
     """
-    path = Path(path).expanduser()
-    places = [path.absolute()]
+    path = place(path).expanduser()
+    places = [absolute(path)]
     root = os.environ.get(DATA_VARIABLE)
     if root and not path.is_absolute():
-        places.append(Path(root).expanduser().absolute() / path)
-    for place in places:
-        if place.is_file():
-            return place
-    looked = "".join(f"\n  {place}{' (a folder)' if place.is_dir() else ''}" for place in places)
+        places.append(absolute(place(root).expanduser()) / path)
+    for there in places:
+        if there.is_file():
+            return there
+    looked = "".join(f"\n  {there}{' (a folder)' if there.is_dir() else ''}" for there in places)
     unset = (
         ""
         if root or path.is_absolute()
@@ -77,7 +80,7 @@ def resolve_data(path: str | os.PathLike[str]) -> Path:
 
 def data_sha256(path: str | os.PathLike[str]) -> str:
     """Hex SHA-256 of a data file's bytes, as they are stored."""
-    with resolve_data(path).open("rb") as file:
+    with open_bytes(resolve_data(path)) as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 

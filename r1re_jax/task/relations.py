@@ -25,8 +25,8 @@ import os
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass
-from pathlib import Path
 
+from r1re_jax.files import absolute, place, read_text
 from r1re_jax.task.schema import (
     DIRECTIONS,
     RESERVED_TAGS,
@@ -204,13 +204,13 @@ def parse_tagged(tagged: str, *, id: str = "-", label: str = "") -> Example:
 def load_guide(path: str | os.PathLike[str]) -> Guide:
     """Reads a guide file (UTF-8); GuideError names the file and the line."""
     try:
-        text = Path(path).read_text(encoding="utf-8-sig")
+        text = read_text(place(path), "utf-8-sig")
     except FileNotFoundError:
         raise GuideError(
-            f"no guide at {Path(path).absolute()}: expected a Markdown file with '## Relations'"
+            f"no guide at {absolute(place(path))}: expected a Markdown file with '## Relations'"
         ) from None
     except (OSError, UnicodeDecodeError) as error:
-        raise GuideError(f"cannot read the guide {Path(path).absolute()}: {error}") from None
+        raise GuideError(f"cannot read the guide {absolute(place(path))}: {error}") from None
     return parse_guide(text, source=str(path))
 
 

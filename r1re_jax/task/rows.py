@@ -6,9 +6,11 @@ import json
 import os
 import zlib
 from collections.abc import Iterable, Iterator, Mapping
-from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
+from etils import epath
+
+from r1re_jax.files import open_bytes, place, write
 from r1re_jax.task.schema import DataError
 
 
@@ -52,12 +54,13 @@ def collect(
     return examples
 
 
-def numbered_lines(path: Path, *, blank: bool = False) -> Iterator[tuple[int, str]]:
+def numbered_lines(path: epath.Path, *, blank: bool = False) -> Iterator[tuple[int, str]]:
     """Numbered lines of a UTF-8 file; blank ones if asked, else they may only end the file."""
-    opened = gzip.open(path, "rb") if path.suffix == ".gz" else path.open("rb")
+    opened = open_bytes(path)
+    unpacked = gzip.open(opened) if path.suffix == ".gz" else opened
     number, skipped = 0, None
     try:
-        with opened as file:
+        with opened, unpacked as file:
             for number, data in enumerate(file, start=1):
                 line = data.decode("utf-8-sig" if number == 1 else "utf-8").rstrip("\r\n")
                 if line.strip() or blank:
@@ -91,11 +94,9 @@ def decode_object(line: str) -> dict[str, Any]:
 
 def write_rows(path: str | os.PathLike[str], rows: Iterable[Mapping[str, Any]]) -> None:
     """Writes JSON lines, packed where the name ends in .gz; equal rows give equal bytes."""
-    path = Path(path)
+    path = place(path)
     data = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows).encode()
-    unfinished = path.with_name(path.name + ".part")
-    unfinished.write_bytes(gzip.compress(data, mtime=0) if path.suffix == ".gz" else data)
-    unfinished.replace(path)
+    write(path, gzip.compress(data, mtime=0) if path.suffix == ".gz" else data)
 
 
 _REQUIRED = object()

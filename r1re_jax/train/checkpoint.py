@@ -7,15 +7,17 @@ optimizer's), `meta` (JSON) and, where it follows the policy, `reference` (as `p
 import dataclasses
 import os
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import optax
 import orbax.checkpoint as ocp
+from etils import epath
 from orbax.checkpoint.checkpoint_managers import PolicyCheckpointInfo, PreservationContext
 
+from r1re_jax.files import absolute, place
+from r1re_jax.policy_source import is_whole
 from r1re_jax.sharding import on_host as in_host_memory
 from r1re_jax.train.settings import Phase
 from r1re_jax.train.state import Layout, Params, TrainState, abstract_state
@@ -98,7 +100,7 @@ class Checkpoints:
             scores: step -> score, shared with the caller who adds to it before saving.
         """
         self._manager = ocp.CheckpointManager(
-            (Path(workdir) / FOLDER).absolute(),
+            absolute(place(workdir) / FOLDER),
             item_names=("params", "state", "meta", "reference"),
             options=ocp.CheckpointManagerOptions(
                 preservation_policy=Retention(keep, scores), cleanup_tmp_directories=True
@@ -186,10 +188,10 @@ class Checkpoints:
 def keep_reference(workdir: str | os.PathLike, params: Params, *, step: int) -> None:
     """Freeze the policy of a step as the reference, unless that step's is kept already."""
     folder = _reference_folder(workdir, step)
-    if folder.is_dir():
+    if is_whole(folder):
         return
     with ocp.StandardCheckpointer() as checkpointer:
-        checkpointer.save(folder, params)
+        checkpointer.save(folder, params, force=True)  # a bucket may hold a part of it
 
 
 def load_reference(
@@ -208,7 +210,7 @@ def load_reference(
         FileNotFoundError: it is not there.
     """
     folder = _reference_folder(workdir, step)
-    if not folder.is_dir():
+    if not is_whole(folder):
         raise FileNotFoundError(
             f"{folder} is missing: the reference policy of this run, written when GRPO began. Put"
             " it back, or start in a new work directory"
@@ -225,8 +227,8 @@ def load_reference(
         return checkpointer.restore(folder, shapes)
 
 
-def _reference_folder(workdir: str | os.PathLike, step: int) -> Path:
-    return (Path(workdir) / REFERENCE / str(step)).absolute()
+def _reference_folder(workdir: str | os.PathLike, step: int) -> epath.Path:
+    return absolute(place(workdir) / REFERENCE / str(step))
 
 
 def _named(opt_state: optax.OptState) -> dict[str, Any]:

@@ -2,7 +2,7 @@
 
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 
 class Writer(Protocol):
@@ -13,6 +13,27 @@ class Writer(Protocol):
 
     def close(self) -> None:
         """Flush and release."""
+
+
+@runtime_checkable
+class Buffered(Protocol):
+    """A writer that may hold figures back for a while."""
+
+    def flush(self) -> None:
+        """Write them; what was written lasts longer than the process."""
+
+
+def write_all(writers: Sequence[Writer], step: int, values: Mapping[str, Any]) -> None:
+    """Have every writer record the figures of a step."""
+    for writer in writers:
+        writer.write(step, values)
+
+
+def flush_all(writers: Sequence[Writer]) -> None:
+    """Have every writer hold nothing back: a checkpoint is to count what they have."""
+    for writer in writers:
+        if isinstance(writer, Buffered):
+            writer.flush()
 
 
 class Progress(Protocol):
@@ -40,3 +61,8 @@ class Hooks:
     writers: Callable[[int], Sequence[Writer]] = lambda resume_step: ()
     progress: Progress | None = None
     before_step: Callable[[str, int], None] = lambda phase, number: None
+
+    def note(self, text: str) -> None:
+        """Tell people what happens now."""
+        if self.progress is not None:
+            self.progress.tick(text)

@@ -12,17 +12,18 @@ import functools
 import math
 import os
 from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
 from typing import Any, Protocol
 
 import jax
 import jax.numpy as jnp
 import optax
 from absl import logging
+from etils import epath
 from jax.sharding import Mesh
 
 from r1re_jax import hosts
 from r1re_jax.evaluate import evaluate
+from r1re_jax.files import place
 from r1re_jax.policy_files import save_words
 from r1re_jax.policy_source import read_adapted
 from r1re_jax.task.lessons import Source
@@ -40,7 +41,7 @@ from r1re_jax.train.data import (
     open_sets,
     phase_source,
 )
-from r1re_jax.train.hooks import Hooks, Writer
+from r1re_jax.train.hooks import Hooks, Writer, flush_all, write_all
 from r1re_jax.train.optimizer import make_optimizer
 from r1re_jax.train.parity import check_run
 from r1re_jax.train.reference import copied
@@ -123,15 +124,17 @@ def run_training(
     # Nothing is written before everything has been read: a slip leaves no work directory behind.
     check_workdir(workdir, settings, data=data.sha256)
     newest = newest_step(workdir)
+    hooks.note("loading the policy")
     start = load_start(
         settings,
         mesh=mesh,
         guides=data.guides,
         fresh=newest is None,
-        adapted=read_adapted(Path(workdir)),
+        adapted=read_adapted(place(workdir)),
     )
     check_prompts(data, [*sets.values()], encoder=start.policy.encoder, settings=settings)
     if newest is None:
+        hooks.note("comparing sampler and trainer")
         check_run(settings, data, start)
     hosts.meet("all have read the work directory")
     workdir = open_workdir(workdir, settings, data=data.sha256)
@@ -160,7 +163,7 @@ class _Run:
     """A run's unchanging parts; `scores` alone grows. `aside` writes completions and lines."""
 
     settings: Settings
-    workdir: Path
+    workdir: epath.Path
     hooks: Hooks
     data: TrainingData
     sets: Mapping[str, EvalSet]
@@ -233,6 +236,7 @@ class _Run:
         except Stopped as error:
             stopped = error
         if stopped is not None and step and not self.checkpoints.holds(step):
+            self.aside.do(flush_all, writers)
             self._save(state, step, pending)
         self.aside.settle()
         self.checkpoints.wait()
@@ -309,8 +313,7 @@ class _Run:
             ) from error
 
     def _tick(self, note: str) -> None:
-        if self.hooks.progress is not None:
-            self.hooks.progress.tick(note)
+        self.hooks.note(note)
         if note not in UNHEARD or jax.process_count() == 1:
             self.hooks.poll()
 
@@ -330,7 +333,7 @@ class _Run:
             evaluated = self._evaluate(start, state, step)
         values = {**figures, **evaluated}
         if evaluated or (values and step % settings.log.every == 0):
-            self.aside.do(_write_line, writers, step, values)
+            self.aside.do(write_all, writers, step, values)
         better = False
         if settings.checkpoint.best and evaluated:
             score = evaluated[f"eval/{settings.checkpoint.best}"]
@@ -340,6 +343,7 @@ class _Run:
             self.scores[step] = score
         due = step and (_due(step, settings.checkpoint.every) or ends or better)
         if due and not self.checkpoints.holds(step):
+            self.aside.do(flush_all, writers)  # the checkpoint counts its lines
             self._save(state, step, None)
 
     @functools.partial(jax.profiler.annotate_function, name="evaluation")
@@ -350,6 +354,7 @@ class _Run:
             return figures
         policy = policy_of(start, state.params)
         for name, one in self.sets.items():
+            self.hooks.note(f"evaluation, {name}")
             metrics = evaluate(
                 policy,
                 one.examples,
@@ -377,6 +382,7 @@ class _Run:
 
     @functools.partial(jax.profiler.annotate_function, name="checkpoint")
     def _save(self, state: TrainState, step: int, pending: Mapping[str, Any] | None) -> None:
+        self.hooks.note("save")
         self.aside.settle()
         meta = Meta(
             step=step,
@@ -387,11 +393,6 @@ class _Run:
             pending=pending,
         )
         self.checkpoints.save(state, meta)
-
-
-def _write_line(writers: Sequence[Writer], step: int, values: Mapping[str, Any]) -> None:
-    for writer in writers:
-        writer.write(step, values)
 
 
 def _due(step: int, every: int) -> bool:

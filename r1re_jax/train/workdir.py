@@ -4,12 +4,13 @@ import importlib.metadata
 import json
 import os
 import platform
-import shutil
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
-from r1re_jax import hosts
+from etils import epath
+
+from r1re_jax import files, hosts
+from r1re_jax.policy_source import saved_steps
 from r1re_jax.train.config import (
     SettingsError,
     configuration_hash,
@@ -55,8 +56,10 @@ def check_workdir(
     Raises:
         WorkdirError: it holds a run of another configuration or of other data (the message names
             every key), or files that no run has a config.json for.
+        PlaceError: a bucket that cannot be used.
     """
-    workdir = Path(workdir)
+    workdir = files.place(workdir)
+    files.check_bucket(workdir)
     content = {
         "config": resolved(settings),
         "hash": configuration_hash(settings),
@@ -84,9 +87,9 @@ def check_workdir(
 
 def open_workdir(
     workdir: str | os.PathLike, settings: Settings, *, data: Mapping[str, str]
-) -> Path:
+) -> epath.Path:
     """Make the directory with its config.json, or bring that up to date; see `check_workdir`."""
-    workdir = Path(workdir)
+    workdir = files.place(workdir)
     content = check_workdir(workdir, settings, data=data)
     if not (workdir / CONFIG).exists() or read_config(workdir) != content:
         write_json(workdir / CONFIG, content)
@@ -95,8 +98,7 @@ def open_workdir(
 
 def newest_step(workdir: str | os.PathLike) -> int | None:
     """Return the step of the newest checkpoint, or None."""
-    found = Path(workdir).glob("checkpoints/*")
-    return max((int(path.name) for path in found if path.name.isdigit()), default=None)
+    return max(saved_steps(files.place(workdir)), default=None)
 
 
 def read_config(workdir: str | os.PathLike) -> dict[str, Any]:
@@ -105,9 +107,9 @@ def read_config(workdir: str | os.PathLike) -> dict[str, Any]:
     Raises:
         WorkdirError: there is none, or it is no JSON object with a `config`.
     """
-    path = Path(workdir) / CONFIG
+    path = files.place(workdir) / CONFIG
     try:
-        content = json.loads(path.read_text("utf-8"))
+        content = json.loads(files.read_text(path))
     except FileNotFoundError:
         raise WorkdirError(
             f"{path} is missing; {workdir} is no work directory of run.train"
@@ -119,44 +121,39 @@ def read_config(workdir: str | os.PathLike) -> dict[str, Any]:
     return content
 
 
-def forget_after(workdir: Path, step: int) -> list[str]:
+def forget_after(workdir: str | os.PathLike, step: int) -> list[str]:
     """Remove what a run wrote on steps after the one it goes on from; they are done again, alike.
 
     Returns:
         What was removed, relative to the work directory. metrics.jsonl is its writer's own.
     """
-    later = [
-        path
-        for path in (*(workdir / "completions").glob("*.jsonl"), *(workdir / "eval").glob("*-*"))
-        if _step_of(path) is not None and _step_of(path) > step
-    ]
+    workdir = files.place(workdir)
+    texts = [p for p in files.children(workdir / "completions") if p.name.endswith(".jsonl")]
+    evaluations = [path for path in files.children(workdir / "eval") if "-" in path.name]
+    later = [path for path in (*texts, *evaluations) if (_step_of(path) or 0) > step]
     for path in later if hosts.is_first() else ():
-        shutil.rmtree(path) if path.is_dir() else path.unlink()
+        files.remove(path)
     return sorted(str(path.relative_to(workdir)) for path in later)
 
 
-def write_json(path: Path, content: Any) -> None:
+def write_json(path: epath.Path, content: Any) -> None:
     """Write a file that is there whole or not at all."""
     write_text(path, json.dumps(content, ensure_ascii=False, indent=1) + "\n")
 
 
-def write_lines(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
+def write_lines(path: epath.Path, rows: Sequence[Mapping[str, Any]]) -> None:
     """Write JSON lines that are there whole or not at all."""
     write_text(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
 
 
-def write_text(path: Path, text: str) -> None:
+def write_text(path: epath.Path, text: str) -> None:
     """Write a file that is there whole or not at all; its folder is made. One process writes."""
-    if not hosts.is_first():
-        return
-    path.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = path.with_name(path.name + ".part")
-    unfinished.write_text(text, "utf-8")
-    unfinished.replace(path)
+    if hosts.is_first():
+        files.write(path, text)
 
 
 def _check_same(
-    workdir: Path, before: Mapping[str, Any], now: Mapping[str, Any]
+    workdir: epath.Path, before: Mapping[str, Any], now: Mapping[str, Any]
 ) -> dict[str, tuple[Any, Any]]:
     """Refuse another configuration or other data; return the safe keys that changed."""
     changed = differences(_filled(before["config"]), now["config"])
@@ -197,6 +194,6 @@ def _filled(config: Mapping[str, Any]) -> Mapping[str, Any]:
         return config  # of keys that are no more: they are shown as differences
 
 
-def _step_of(path: Path) -> int | None:
+def _step_of(path: epath.Path) -> int | None:
     number = path.name.removesuffix(".jsonl").split("-")[0]
     return int(number) if number.isdigit() else None

@@ -8,10 +8,12 @@ from typing import Any
 
 import jax
 import numpy as np
+from etils import epath
 from flax import nnx
 from jax.sharding import Mesh
 
 from r1re_jax import sharding
+from r1re_jax.files import absolute, read_text
 from r1re_jax.model.qwen import Remat, abstract_qwen
 from r1re_jax.policy import Limits
 from r1re_jax.policy_files import save_policy
@@ -28,6 +30,8 @@ from r1re_jax.train.signals import Stopped
 from r1re_jax.train.state import Layout, flat_params, model_layout
 from tests.tiny import GUIDE, tiny_guide, tiny_policy
 
+# Of this machine or of a bucket.
+AnyPath = pathlib.Path | epath.Path
 LIMITS = Limits(guide=400, question=48, completion=56)
 # What names of figures begin with that depend on the clock: they differ between equal runs.
 TIMED = "step_time", "tokens_per_second", "tflops", "mfu", "hbm_use"
@@ -71,7 +75,7 @@ def source(*, trees: int, questions: int) -> DatasetSource:
     return DatasetSource(tiny_guide(), examples(), trees=trees, questions=questions)
 
 
-def write_inputs(folder: pathlib.Path) -> pathlib.Path:
+def write_inputs(folder: AnyPath) -> AnyPath:
     """Write base/ (a policy), train.jsonl, test.jsonl and guide.md; return the folder."""
     save_policy(tiny_policy(tied=True), folder / "base")
     write_jsonl(folder / "train.jsonl", examples())
@@ -80,7 +84,7 @@ def write_inputs(folder: pathlib.Path) -> pathlib.Path:
     return folder
 
 
-def config(inputs: pathlib.Path, **changes: Any) -> dict[str, Any]:
+def config(inputs: AnyPath, **changes: Any) -> dict[str, Any]:
     """Two SFT steps, then two of GRPO; `changes` by dotted key with __ for a dot."""
     data = {"kind": "jsonl", "guide": str(inputs / "guide.md")}
     values = {
@@ -106,14 +110,14 @@ def config(inputs: pathlib.Path, **changes: Any) -> dict[str, Any]:
     return values
 
 
-def settings(inputs: pathlib.Path, **changes: Any) -> Settings:
+def settings(inputs: AnyPath, **changes: Any) -> Settings:
     """The config, typed."""
     return read_settings(config(inputs, **changes))
 
 
 def train(
     settings: Settings,
-    workdir: pathlib.Path,
+    workdir: AnyPath,
     *,
     poll: Callable[[], None] = lambda: None,
     progress: Any = None,
@@ -160,14 +164,15 @@ def some_verdict(text: str, example: Example, schema: Schema, **more: object) ->
     return dataclasses.replace(real, reward=float(sum(text.encode()) % 7))
 
 
-def metrics(workdir: pathlib.Path) -> list[dict[str, Any]]:
+def metrics(workdir: AnyPath) -> list[dict[str, Any]]:
     """Lines of metrics.jsonl without what differs between equal runs."""
-    rows = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+    lines = read_text(epath.Path(workdir) / "metrics.jsonl").splitlines()
+    rows = [json.loads(line) for line in lines]
     return [{k: v for k, v in row.items() if not k.startswith(TIMED)} for row in rows]
 
 
 def checkpoint_params(
-    workdir: pathlib.Path, step: int, *, item: str = "params"
+    workdir: AnyPath, step: int, *, item: str = "params"
 ) -> Mapping[str, np.ndarray]:
     """Parameters of a checkpoint (or its `reference`), read without a layout."""
     import orbax.checkpoint as ocp
@@ -175,7 +180,7 @@ def checkpoint_params(
     policy = tiny_policy(tied=True)
     layout = model_layout(policy.model, one_device_mesh())
     with ocp.StandardCheckpointer() as checkpointer:
-        folder = (workdir / "checkpoints" / str(step) / item).absolute()
+        folder = absolute(epath.Path(workdir) / "checkpoints" / str(step) / item)
         return jax.device_get(checkpointer.restore(folder, dict(layout.shapes)))
 
 

@@ -6,6 +6,7 @@ and smoke for a run of minutes on a CPU that shows that the recipe works, not ho
 
 import dataclasses
 import difflib
+import math
 from collections.abc import Collection, Mapping
 
 from ml_collections import ConfigDict
@@ -40,6 +41,9 @@ class Arguments:
             if "grpo" not in config:
                 raise ValueError(f"n={self.group}: this recipe has no grpo")
             put(config, {GROUP: self.group})
+            # Micro-batches must cut the group evenly.
+            few = config.grpo.get("micro_group", 0)
+            put(config, {"grpo.micro_group": math.gcd(few, self.group) if few else 0})
         return config
 
 

@@ -9,6 +9,8 @@ check:     python -m run.compile --config=configs/mdkg_7b.py:SLICE --topology=TO
 data:      FOLDER/mdkg/{train.jsonl,test.jsonl,guideline.md}, and semeval2010 as in semeval_7b.py
 hardware:  as semeval_7b.py
 memory:    as semeval_7b.py: the programs are the same
+time:      as semeval_7b.py
+score:     not run: no slice was at hand
 """
 
 from ml_collections import ConfigDict

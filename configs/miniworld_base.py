@@ -3,6 +3,8 @@
 command:   bash run/base.sh     (untrained policy, then the stages below, each from the one before)
 argument:  a stage, smoke: two steps
 hardware:  2 CPU cores
+time:      12 minutes in steps: 2 for short, 10 for full
+score:     54 % of medical sentences right, 88 % greedy; 13 % of general ones (docs/base.md)
 stages:    short   definitions without meaning, to be quoted, and invented guides of two to four
                    relations with plain sentences
            full    invented guides of up to nine relations and a none label, richer sentences

@@ -8,13 +8,15 @@ command:   R1RE_DATA=FOLDER python -m run.train --config=configs/semeval_7b.py[:
 argument:  SLICE, n=G completions a question, smoke: the small base policy in place of Qwen, two
            steps on a CPU with the same data
 check:     python -m run.compile --config=configs/semeval_7b.py:SLICE --topology=TOPOLOGY
-data:      FOLDER/semeval2010/{train.jsonl,test.jsonl,guideline.md}, or the official TXT files
-           by data.train.kind
+data:      FOLDER/semeval2010/{train.jsonl,test.jsonl,guideline.md}, the guide being yours
+           (docs/tpu.md); or the official TXT files, as in semeval_nano.py
 hardware:  by SLICE: v5e-16 (topology v5e:4x4, the default), v5p-8 (v5p:2x2x1), v6e-8 (v6e:2x4),
            14b (v5p:2x2x2), 32b (v5p:4x4x4)
-memory:    GiB a chip as compiled (docs/tpu.md): v5e-16 13.2 of 16, with a first moment in bfloat16
-           and micro-batches of one completion of 16 questions; v6e-8 27.4 of 32; v5p-8 74 of 95;
-           14b and 32b have not been compiled
+memory:    GiB a chip as compiled (docs/tpu.md): v5e-16 13.3 of 16, with a first moment in bfloat16
+           and micro-batches of one completion of 16 questions; v6e-8 27.4 of 32; v5p-8 70.8 of 95;
+           32b 34.5 of 95; 14b has not been compiled
+time:      a step at most, predicted: v5e-16 125 s, v6e-8 100 s, v5p-8 157 s, 32b 64 s
+score:     not run: no slice was at hand
 """
 
 import dataclasses

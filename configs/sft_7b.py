@@ -8,6 +8,8 @@ check:     python -m run.compile --config=configs/sft_7b.py:SLICE --topology=TOP
 data:      as semeval_7b.py
 hardware:  as semeval_7b.py
 memory:    not compiled yet
+time:      not known
+score:     not run: no slice was at hand
 """
 
 from ml_collections import ConfigDict

@@ -2,8 +2,8 @@
 
 python -m run.compile --config=configs/F.py [--topology=v5e:4x4] [--json=FILE]
 
-For the devices that are here, or for a TPU slice that need not be (pip install 'r1re_jax[tpu]').
-Reads no weights, data or tokenizer. Prints a line for each program: memory of a device, operations,
+For the devices that are here, or for a TPU slice that need not be (docs/tpu.md says how). Reads no
+weights, data or tokenizer. Prints a line for each program: memory of a device, operations,
 collectives, and for a slice the predicted time (`r1re_jax.launch.program` says how).
 """
 

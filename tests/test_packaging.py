@@ -112,6 +112,16 @@ def test_one_version_everywhere() -> None:
     assert f"\n## [{version}]" in (ROOT / "CHANGELOG.md").read_text()
 
 
+RECIPES = [path for path in CONFIGS if "\ndef get_config(" in path.read_text("utf-8")]
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
+def test_a_recipe_says_how_it_is_run_where_how_long_and_how_well(path) -> None:
+    header = ast.get_docstring(ast.parse(path.read_text("utf-8")))
+    for word in ("command", "hardware", "time", "score"):
+        assert re.search(rf"^{word}: +\S", header, re.M), word
+
+
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
 def test_a_recipe_imports_neither_jax_nor_the_library(path) -> None:
     outside = set(_imports(path)) & {"jax", "flax", "optax", "numpy", "r1re_jax", "run", ".", ""}

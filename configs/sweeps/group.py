@@ -2,7 +2,7 @@
 
 command:   python -m run.sweep --config=configs/sweeps/group.py --workdir=runs/group --jobs=2
 argument:  miniworld (the default), semeval_nano or semeval_7b, then arguments of that recipe
-hardware:  2 CPU cores for miniworld; a slice for each member of semeval_7b
+hardware:  2 CPU cores for miniworld and semeval_nano; a slice for each member of semeval_7b
 time:      12 runs of miniworld, over an hour (estimated); 3 of semeval_7b,
            side by side the time of one
 score:     not run yet
@@ -21,8 +21,11 @@ VALUES = {
 
 
 def get_config(arg: str = "") -> ConfigDict:
-    """Return the recipe."""
-    return recipe(arg)
+    """Return the recipe, in micro-batches that cut every group evenly."""
+    config = recipe(arg)
+    smallest = min(group for group, _ in of_recipe(VALUES, arg))
+    config.grpo.micro_group = min(config.grpo.get("micro_group", 0), smallest)
+    return config
 
 
 def sweep(arg: str = "") -> dict:

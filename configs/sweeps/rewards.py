@@ -5,7 +5,7 @@ accuracy: mean rewards under different totals do not compare.
 
 command:   python -m run.sweep --config=configs/sweeps/rewards.py --workdir=runs/rewards --jobs=2
 argument:  miniworld (the default), semeval_nano or semeval_7b, then arguments of that recipe
-hardware:  2 CPU cores for miniworld; a slice for each member of semeval_7b
+hardware:  2 CPU cores for miniworld and semeval_nano; a slice for each member of semeval_7b
 time:      15 runs of miniworld, an hour and a half (estimated); 5 of semeval_7b, side
            by side the time of one
 score:     not run yet

@@ -96,7 +96,7 @@ def tpu_slice(name: str) -> Slice:
     except (RuntimeError, ValueError) as error:
         if "not installed" in str(error):
             raise TopologyError(
-                f"there is no TPU compiler here ({error}): pip install 'r1re_jax[tpu]'"
+                f"there is no TPU compiler here ({error}): docs/tpu.md says how to get it"
             ) from error
         raise TopologyError(
             f"the TPU compiler knows no topology {name!r}; it knows {', '.join(chip.examples)}"

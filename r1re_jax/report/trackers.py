@@ -101,7 +101,7 @@ def check_trackers(log: LogSettings) -> None:
         if getattr(log, name) and importlib.util.find_spec(name) is None:
             raise TrackerError(
                 f"log.{name} is set, and {name} is not installed here: pip install"
-                f" 'r1re_jax[track]', or set log.{name} = False"
+                f" -e '.[track]', or set log.{name} = False"
             )
 
 

@@ -45,6 +45,8 @@ def adapted(command: str, mark: str) -> str:
     command = command.replace("run/base.sh", "run/base.sh smoke")
     command = re.sub(r"run/test\.sh$", "run/test.sh tests/task/test_own_data.py", command)
     command = command.replace("pip install", "pip install --dry-run --no-deps --no-build-isolation")
+    if "run.export" in command:  # of what a block before has trained here
+        command = command.replace("gs://BUCKET/", "")
     if mark == "tpu":
         command = re.sub(r"(run/tpu\.sh \w+)", r"\1 --dry-run", command)
     if "run.compile" in command and "--topology" in command:

@@ -158,8 +158,8 @@ def test_a_slice_that_does_not_exist_is_refused() -> None:
 
 
 @pytest.mark.skipif(HAS_LIBTPU, reason="libtpu is installed")
-def test_without_a_compiler_the_extra_is_named() -> None:
-    with pytest.raises(TopologyError, match=r"pip install 'r1re_jax\[tpu\]'"):
+def test_without_a_compiler_it_is_said_how_to_get_it() -> None:
+    with pytest.raises(TopologyError, match=r"docs/tpu\.md says how"):
         tpu_slice("v5e:2x2")
 
 

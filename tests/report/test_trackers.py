@@ -91,7 +91,7 @@ def test_a_service_that_refuses_the_run_says_what_it_wants(
 
 def test_a_service_that_is_not_installed_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(TrackerError, match=r"log\.trackio is set.*r1re_jax\[track\]"):
+    with pytest.raises(TrackerError, match=r"log\.trackio is set.*-e \'\.\[track\]\'"):
         check_trackers(LogSettings(trackio=True))
     check_trackers(LogSettings())
 

@@ -61,7 +61,7 @@ def workdir(settings: Settings, root: epath.Path, gcs: FakeGCS) -> epath.Path:
     stop = StopAt("update", 2)
     outcome = train(settings, workdir, poll=stop.poll, progress=stop)
     assert (outcome.step, outcome.stopped.exit_code) == (1, 143)
-    stop = StopAt("rollout", 8)
+    stop = StopAt("rollout", 10)
 
     def kill() -> None:
         if stop.reached:

@@ -8,7 +8,7 @@ Nothing is trained and no weights are read: of a model folder only config.json i
 import json
 import sys
 
-from absl import app
+from absl import app, logging
 
 from r1re_jax.train.config import configuration_hash, read_settings, resolved
 from r1re_jax.train.start import abstract_model, run_mesh
@@ -20,6 +20,7 @@ CONFIG = define_config()
 
 def main(argv: list[str]) -> None:
     """Print the resolved config as JSON, then the table."""
+    logging.set_verbosity(logging.WARNING)  # gcsfs tells of every read
     if len(argv) > 1:
         raise app.UsageError(f"unexpected arguments {argv[1:]}")
     try:

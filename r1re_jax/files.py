@@ -65,8 +65,8 @@ def _ask(bucket: str, question: str) -> None:
 
     # It would answer from what it listed once, for ever; Orbax writes past it, and others do.
     fsspec.config.conf.setdefault("gcs", {}).setdefault("use_listings_cache", False)
-    try:
-        fsspec.filesystem("gcs").call("GET", question, bucket)
+    try:  # by the words of etils, so that it logs in once
+        fsspec.filesystem("gcs", finalize_on_close=True).call("GET", question, bucket)
     except ImportError:
         raise PlaceError(
             f"{REMOTE}{bucket} needs gcsfs, which is not installed: pip install gcsfs"

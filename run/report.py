@@ -5,7 +5,7 @@ python -m run.report --workdir=W
 
 import sys
 
-from absl import app, flags
+from absl import app, flags, logging
 
 from r1re_jax.files import PlaceError
 from r1re_jax.report.html import write_report
@@ -15,6 +15,7 @@ WORKDIR = flags.DEFINE_string("workdir", None, "work directory of run.train", re
 
 def main(argv: list[str]) -> None:
     """Write W/report.html and W/curves/*.png and print the page's path."""
+    logging.set_verbosity(logging.WARNING)  # gcsfs tells of every read
     if len(argv) > 1:
         raise app.UsageError(f"unexpected arguments {argv[1:]}; the folder goes into --workdir")
     try:

@@ -10,7 +10,7 @@ import pathlib
 import sys
 from collections.abc import Mapping
 
-from absl import app, flags
+from absl import app, flags, logging
 from ml_collections import config_flags
 from rich.console import Console
 from rich.table import Table
@@ -28,6 +28,7 @@ JSON = flags.DEFINE_string("json", None, "file to write config, origins and hash
 
 def main(argv: list[str]) -> None:
     """Print the keys, the hash and the parameters."""
+    logging.set_verbosity(logging.WARNING)  # gcsfs tells of every read
     if len(argv) > 1:
         raise app.UsageError(f"unexpected arguments {argv[1:]}")
     try:

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 from rich.console import Console
 
+from r1re_jax import files
 from r1re_jax.launch import doctor
 from r1re_jax.launch.doctor import Result, Status, examine, report, table
 from r1re_jax.rl.scoring import completion_logp
@@ -184,7 +185,7 @@ def test_a_folder_that_cannot_be_written_is_refused(
     def refuse(**more: Any) -> None:
         raise PermissionError(13, "Permission denied", str(more["dir"]))
 
-    monkeypatch.setattr(doctor.tempfile, "TemporaryFile", refuse)
+    monkeypatch.setattr(files.tempfile, "TemporaryFile", refuse)
     results = _examine(_config(inputs, model__parity_tokens=0), tmp_path / "a" / "b")
     assert _statuses(results)["failed"] == ["workdir"]
     assert results["workdir"].problem == f"[Errno 13] Permission denied: '{tmp_path}'"

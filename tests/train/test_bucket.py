@@ -2,6 +2,9 @@
 
 import json
 import pathlib
+import re
+import subprocess
+import sys
 from collections.abc import Callable
 
 import pytest
@@ -26,6 +29,7 @@ EVALUATED = {
     "evaluate": {"every": 0, "samples": 2, "batch": 2, "greedy": True},
     "checkpoint__best": "held/mean_reward",
 }
+ROOT = pathlib.Path(__file__).resolve().parents[2]
 Command = Callable[..., None]
 
 
@@ -194,6 +198,11 @@ def test_evaluate_and_export_work_on_buckets(
 def test_commands_say_which_bucket_is_missing(command: Command, root: epath.Path) -> None:
     given = [f"--data={root}/inputs/test.jsonl", f"--guide={root}/inputs/guide.md"]
     missing = r"there is no bucket gs://nowhere: [^\n]*$"
+    train = [sys.executable, "-m", "run.train", "--config=configs/miniworld.py"]
+    train += ["--workdir=gs://nowhere/run"]
+    process = subprocess.run(train, cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert process.returncode == 1
+    assert re.search(r"run\.train: " + missing, process.stderr.strip())
     with pytest.raises(SystemExit, match=r"run\.report: " + missing):
         command("report", "--workdir=gs://nowhere/run")
     with pytest.raises(SystemExit, match=r"run\.export: " + missing):

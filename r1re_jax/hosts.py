@@ -90,10 +90,20 @@ def _wait_for_all(
 
 
 def _gather(port: int, count: int, until: float) -> set[int]:
-    """Hear of all others, and tell them who is missing; return that."""
+    """Hear of all others, and tell them who is missing; return that.
+
+    Raises:
+        HostsError: somebody else listens at the port.
+    """
     missing, there = set(range(1, count)), []
     with contextlib.ExitStack() as opened:
-        server = opened.enter_context(socket.create_server(("", port)))
+        try:
+            server = opened.enter_context(socket.create_server(("", port)))
+        except OSError as error:
+            raise HostsError(
+                f"cannot listen at port {port}: {error}. It is the one behind {COORDINATOR}'s; give"
+                " that another port on all hosts"
+            ) from error
         while missing and time.monotonic() < until:
             server.settimeout(max(0.1, until - time.monotonic()))
             try:

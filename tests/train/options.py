@@ -8,6 +8,9 @@ import dataclasses
 import hashlib
 import json
 import pathlib
+import sys
+import tempfile
+import types
 from typing import Any
 
 import jax
@@ -15,9 +18,12 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from etils import epath
 from jax.sharding import Mesh
 
+from r1re_jax.launch.holdings import held
 from r1re_jax.model.tree import Level
+from r1re_jax.report.trackers import open_trackers
 from r1re_jax.rollout import decode
 from r1re_jax.rollout.sampling import SamplingSettings
 from r1re_jax.task.prompts import PromptEncoder
@@ -297,6 +303,26 @@ def updates(settings: Settings) -> Any:
         ).as_text()
         for phase in phases
     ]
+
+
+def lies(settings: Settings) -> Any:
+    """What a device holds."""
+    return held(settings, world.one_device_mesh())
+
+
+def shown(settings: Settings) -> Any:
+    """The services that hear of the run, and what they are told at its start."""
+    told: list[Any] = []
+    with pytest.MonkeyPatch.context() as patch, tempfile.TemporaryDirectory() as folder:
+        for name in ("wandb", "trackio"):
+            service = types.ModuleType(name)
+            service.init = lambda name=name, **asked: told.append((name, asked["project"]))
+            service.log = service.finish = lambda *_, **__: None
+            patch.setitem(sys.modules, name, service)
+        opened = open_trackers(settings.log, epath.Path(folder), config={}, resume_step=-1)
+        for writer in opened:
+            writer.close()
+    return told, len(opened)
 
 
 @dataclasses.dataclass

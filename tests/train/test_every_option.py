@@ -93,6 +93,8 @@ CASES = {
     ),
     "mesh.tensor": _one(options.meshed_program, "mesh", {"tensor": 2}, **MESHED),
     "mesh.drawing_tensor": _one(options.copy, "mesh", {"drawing_tensor": 2}, **MESHED),
+    "mesh.moments_on_host": _one(options.lies, "mesh", {"moments_on_host": True}),
+    "mesh.reference_on_host": _one(options.lies, "mesh", {"reference_on_host": True}),
     "limits.guide": _one(options.grpo_steps, "limits.guide", 410),
     "limits.question": _one(options.grpo_steps, "limits.question", 49),
     "limits.completion": _one(options.grpo_steps, "limits.completion", 40),
@@ -209,6 +211,10 @@ CASES = {
     "checkpoint.best": _one(options.around, "checkpoint.best", "held/accuracy", **EVALUATED),
     "log.every": _one(options.around, "log.every", 3),
     "log.completions": _one(options.around, "log.completions", 2),
+    "log.tensorboard": _one(options.shown, "log.tensorboard", False),
+    "log.wandb": _one(options.shown, "log.wandb", True),
+    "log.trackio": _one(options.shown, "log.trackio", True),
+    "log.project": _one(options.shown, "log.project", "other", log__wandb=True),
 }
 
 

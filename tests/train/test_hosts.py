@@ -53,10 +53,16 @@ def two(address: str, number: int, **more: str) -> dict[str, str]:
 
 
 def free_address() -> str:
-    """Return an address of this machine that nobody listens at."""
-    with socket.socket() as found:
-        found.bind(("127.0.0.1", 0))
-        return f"127.0.0.1:{found.getsockname()[1]}"
+    """Return an address of this machine that nobody listens at, nor at the next port."""
+    while True:
+        with socket.socket() as found, socket.socket() as following:
+            found.bind(("", 0))
+            port = found.getsockname()[1]
+            try:
+                following.bind(("", port + 1))
+            except OSError:
+                continue
+            return f"127.0.0.1:{port}"
 
 
 @pytest.fixture(scope="module")
@@ -118,6 +124,16 @@ def test_two_processes_make_the_same_updates(runs: tuple[pathlib.Path, pathlib.P
                 np.testing.assert_allclose(same[name], line[name], rtol=1e-5, atol=1e-7)
     steps = [sorted(p.name for p in (folder / "checkpoints").iterdir()) for folder in runs]
     assert steps[0] == steps[1]
+
+
+def test_a_port_that_is_taken_is_named() -> None:
+    with socket.socket() as taken:
+        taken.bind(("", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        environment = two(f"127.0.0.1:{port - 1}", 0)
+        with pytest.raises(hosts.HostsError, match=f"cannot listen at port {port}: .*in use"):
+            hosts.join(environment)
 
 
 def test_a_process_that_does_not_come_is_named(

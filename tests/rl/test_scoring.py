@@ -13,7 +13,7 @@ from r1re_jax.model.config import ModelConfig
 from r1re_jax.model.qwen import Qwen
 from r1re_jax.model.tree import Level, Tree
 from r1re_jax.rl.masks import length_mask
-from r1re_jax.rl.scoring import completion_logp, predicting_hidden
+from r1re_jax.rl.scoring import completion_logp, predicting_hidden, token_scores
 
 N, P, G, C, V = 2, 2, 2, 5, 97
 CONFIG = ModelConfig(
@@ -110,3 +110,17 @@ def test_bad_arguments_are_refused() -> None:
             completion_logp(model(), tree(), temperature=temperature)
     with pytest.raises(ValueError, match="chunk is 0"):
         completion_logp(model(), tree(), chunk=0)
+
+
+@pytest.mark.parametrize("vocab", [2048, 49_152, 151_936])
+def test_a_large_vocabulary_costs_no_digits(vocab: int) -> None:
+    rows = 8
+    logits = (3 * np.random.default_rng(0).normal(size=(rows, vocab))).astype(np.float32)
+    tokens = np.arange(rows) * 7
+    logp, entropy = jax.jit(token_scores)(logits, tokens)
+    shifted = logits.astype(np.float64) - logits.max(-1, keepdims=True)
+    log_total = np.log(np.exp(shifted).sum(-1))
+    expected = shifted[np.arange(rows), tokens] - log_total
+    np.testing.assert_allclose(logp, expected, atol=1e-5)
+    drift = (np.exp(shifted) * shifted).sum(-1) / np.exp(log_total)
+    np.testing.assert_allclose(entropy, log_total - drift, atol=1e-5)

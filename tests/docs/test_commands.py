@@ -19,8 +19,8 @@ LIBTPU = ROOT / ".cache" / "tpu"
 OWN_DATA = "docs/own_data.md"
 # A short run on every device of a slice.
 SLICE = (
-    "--config.mesh.fsdp=-1 --config.grpo.questions=64 --config.evaluate.batch=64"
-    " --config.grpo.compaction=0"
+    "--config.mesh.fsdp=-1 --config.grpo.questions=64"
+    " --config.grpo.compaction=0 --config.evaluate.samples=0"
 )
 WITH_COMMANDS = [page for page in PAGES if any(block.mark for block in blocks(page))]
 

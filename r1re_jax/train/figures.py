@@ -131,7 +131,8 @@ def sampling_metrics(groups: Groups, settings: GRPOSettings) -> dict[str, float]
         **_rewards(groups, settings.rewards),
         **(penalty if settings.overlong_buffer else {}),
         "reward": float(groups.reward.mean()),
-        "reward_std": float(groups.reward.std(axis=-1, ddof=1).mean()),
+        "reward_std": float(groups.reward.std(ddof=1)),
+        "reward_group_std": float(groups.reward.std(axis=-1, ddof=1).mean()),
         "frac_reward_zero_std": float(1 - groups.signal.mean()),
         "accuracy": float(np.mean([verdict.correct for verdict in verdicts])),
         "format_rate": float(np.mean([verdict.format_ok for verdict in verdicts])),
@@ -150,7 +151,7 @@ def _rewards(groups: Groups, names: Sequence[str]) -> dict[str, float]:
     return {
         f"rewards/{name}/{figure}": float(value)
         for name, part_X in zip(names, parts_RX, strict=False)
-        for figure, value in (("mean", part_X.mean()), ("std", part_X.std()))
+        for figure, value in (("mean", part_X.mean()), ("std", part_X.std(ddof=1)))
     }
 
 

@@ -12,13 +12,11 @@ from r1re_jax.model.qwen import abstract_qwen
 from r1re_jax.model.tree import Tree
 from r1re_jax.rl.correction import LOGP_DIFFERENCE
 from r1re_jax.rl.scoring import completion_logp
-from r1re_jax.rollout.rollout import Rollout
 from r1re_jax.task import tasks
 from r1re_jax.task.lessons import Lesson
 from r1re_jax.task.relations import Example
 from r1re_jax.task.rewards import Verdict, relation_reward
 from r1re_jax.train.drawing import question_ids
-from r1re_jax.train.figures import _lengths
 from r1re_jax.train.grpo import (
     GRPO,
     GRPOBlock,
@@ -89,7 +87,9 @@ def test_a_step_reports_itself(whole: StepResult) -> None:
     rewards = np.array([[s["reward"] for s in row["samples"]] for row in whole.completions])
     assert rewards.shape == (8, 3)
     np.testing.assert_allclose(figures["reward"], rewards.mean())
-    np.testing.assert_allclose(figures["reward_std"], rewards.std(1, ddof=1).mean(), rtol=1e-6)
+    np.testing.assert_allclose(figures["reward_std"], rewards.std(ddof=1), rtol=1e-6)
+    of_groups = rewards.std(1, ddof=1).mean()
+    np.testing.assert_allclose(figures["reward_group_std"], of_groups, rtol=1e-6)
     np.testing.assert_allclose(figures["frac_reward_zero_std"], (np.ptp(rewards, 1) == 0).mean())
     tokens = np.array([[s["tokens"] for s in row["samples"]] for row in whole.completions])
     for figure in ("mean", "min", "max"):
@@ -121,18 +121,6 @@ def test_a_step_reports_each_relation(whole: StepResult) -> None:
         figure = whole.metrics[f"relations/{relation}/reward"]
         np.testing.assert_allclose(figure, np.mean(rewards), rtol=1e-6)
         assert whole.metrics[f"relations/{relation}/accuracy"] == 0
-
-
-def test_lengths_of_completions_that_ended_are_told_apart() -> None:
-    length = np.array([[[2, 5], [9, 9]]])
-    cut = np.array([[[False, False], [True, True]]])
-    rollout = Rollout(tokens=None, logp=None, length=length, truncated=cut)
-    found = _lengths(rollout)
-    assert (found["completions/min_length"], found["completions/max_length"]) == (2, 9)
-    assert found["completions/mean_terminated_length"] == 3.5
-    assert found["completions/max_terminated_length"] == 5
-    none = _lengths(dataclasses.replace(rollout, truncated=np.ones_like(cut)))
-    assert not any("terminated" in name for name in none) and none["completions/clipped_ratio"] == 1
 
 
 def test_completions_are_written_as_predictions_are(whole: StepResult) -> None:

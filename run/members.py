@@ -11,7 +11,7 @@ from ml_collections import ConfigDict
 
 from r1re_jax.launch.sweep import SweepError, flags_of, with_overrides
 from r1re_jax.train.config import read_settings
-from run.recipe import define_config
+from run.recipe import define_config, reason
 
 
 def read_recipe(path: str, given: Sequence[str], overrides: Mapping[str, Any]) -> ConfigDict:
@@ -36,9 +36,7 @@ def read_recipe(path: str, given: Sequence[str], overrides: Mapping[str, Any]) -
             " get_config(), where a flag can set what is in it"
         ) from None
     except flags.Error as error:
-        # Of a recipe that fails absl's message is a traceback, whose last line says why.
-        lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-        raise SweepError(lines[-1].removeprefix("ValueError: ")) from None
+        raise SweepError(reason(error)) from None
 
 
 def read_sweep(path: str) -> Any:

@@ -37,8 +37,12 @@ def parse(argv: Sequence[str]) -> list[str]:
     try:
         return flags.FLAGS(list(argv))
     except flags.Error as error:
-        # Of a recipe that fails absl's message is a traceback, whose last line says why.
-        lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-        sys.exit(f"{lines[-1].removeprefix('ValueError: ')}\nPass --help for help on flags.")
+        sys.exit(f"{reason(error)}\nPass --help for help on flags.")
     except KeyError as error:
         sys.exit(f"--config: the recipe has no section for one of the keys: {error.args[0]}")
+
+
+def reason(error: flags.Error) -> str:
+    """Return why flags were refused: of a recipe that fails absl's message is a traceback."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return lines[-1].removeprefix("ValueError: ")

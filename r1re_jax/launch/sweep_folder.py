@@ -13,6 +13,9 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 
+from etils import epath
+
+from r1re_jax import files
 from r1re_jax.launch.sweep import Member
 from r1re_jax.policy_source import CHECKPOINTS
 from r1re_jax.train.config import differences, read_settings, resolved
@@ -104,9 +107,7 @@ def check_record(folder: Path, members: Sequence[Member]) -> None:
 
 def write_record(folder: Path, members: Sequence[Member]) -> None:
     """Write down which members a folder has."""
-    unfinished = folder / (RECORD + ".part")
-    unfinished.write_text(_record(members), "utf-8")
-    unfinished.replace(folder / RECORD)
+    files.write(epath.Path(folder) / RECORD, _record(members))
 
 
 def _record(members: Sequence[Member]) -> str:

@@ -157,17 +157,22 @@ def _draw_accuracy_extras(axes: Axes, history: History, name: str, colour: str) 
         )
 
 
-def _finish(axes: Axes, history: History, panel: Panel) -> None:
-    """Title, axes, the end of the warm start, legend."""
-    axes.set_title(panel.title, loc="left", fontsize=11, color=INK, pad=10)
-    axes.set_xlabel("step", fontsize=9, color=FAINT)
-    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+def quiet(axes: Axes) -> None:
+    """Take away the frame and leave faint lines to read values by."""
     axes.grid(axis="y", color="#E6E6E6", linewidth=0.8)
     axes.set_axisbelow(True)
     axes.tick_params(colors=FAINT, labelsize=8.5, length=0)
     for side in ("top", "right", "left"):
         axes.spines[side].set_visible(False)
     axes.spines["bottom"].set_color("#CCCCCC")
+
+
+def _finish(axes: Axes, history: History, panel: Panel) -> None:
+    """Title, axes, the end of the warm start, legend."""
+    axes.set_title(panel.title, loc="left", fontsize=11, color=INK, pad=10)
+    axes.set_xlabel("step", fontsize=9, color=FAINT)
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    quiet(axes)
     if panel.fraction:
         axes.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
         axes.set_ylim(0, 1.02)

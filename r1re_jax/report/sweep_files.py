@@ -3,6 +3,9 @@
 import pathlib
 from collections.abc import Sequence
 
+from etils import epath
+
+from r1re_jax import files
 from r1re_jax.report.curves import png
 from r1re_jax.report.sweep import (
     ACCURACY,
@@ -36,16 +39,9 @@ def write_sweep(
     metrics = (ACCURACY, TRIPLETS, *filter(None, [score.rpartition("/")[-1]]))
     rows = [read_row(entry, metrics=tuple(dict.fromkeys(metrics))) for entry in entries]
     score = score or default_score(rows)
-    _write(folder / "sweep.csv", as_csv(rows).encode())
+    where = epath.Path(folder)
+    files.write(where / "sweep.csv", as_csv(rows))
     figure = draw_sweep(settings_of(rows, score), axes, score=score)
     if figure is not None:
-        _write(folder / "sweep.png", png(figure))
-    page = as_markdown(rows, title=title, score=score)
-    _write(folder / "sweep.md", page.encode())
-
-
-def _write(path: pathlib.Path, content: bytes) -> None:
-    """Write a file that is there whole or not at all."""
-    unfinished = path.with_name(path.name + ".part")
-    unfinished.write_bytes(content)
-    unfinished.replace(path)
+        files.write(where / "sweep.png", png(figure))
+    files.write(where / "sweep.md", as_markdown(rows, title=title, score=score))

@@ -8,7 +8,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import PercentFormatter
 
-from r1re_jax.report.curves import COLOURS, DPI, FAINT, INK
+from r1re_jax.report.curves import COLOURS, DPI, FAINT, INK, quiet
 from r1re_jax.report.sweep import SEED, Setting, best_of
 from r1re_jax.report.sweep_table import FRACTIONS, shown
 
@@ -91,11 +91,6 @@ def _label(overrides: Mapping[str, Any], axis: tuple[str, ...]) -> str:
 
 def _finish(panel: Axes, axis: tuple[str, ...], score: str) -> None:
     panel.set_xlabel("\n".join(axis), fontsize=9, color=FAINT)
-    panel.grid(axis="y", color="#E6E6E6", linewidth=0.8)
-    panel.set_axisbelow(True)
-    panel.tick_params(colors=FAINT, labelsize=8.5, length=0)
-    for side in ("top", "right", "left"):
-        panel.spines[side].set_visible(False)
-    panel.spines["bottom"].set_color("#CCCCCC")
+    quiet(panel)
     if score.rpartition("/")[-1] in FRACTIONS:
         panel.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))

@@ -129,7 +129,8 @@ def _sums(*arrays_BV: jax.Array) -> tuple[jax.Array, ...]:
 
     In two stages: XLA's CPU compiler adds up several sums at once one number after the other, so
     that of 49,152 fp32 numbers a sum is off by 1e-4 of itself, and a log-probability by that much.
-    A power of two of parts, since the vocabulary may be shared by as many devices.
+    A power of two of parts, since the vocabulary may be shared by as many devices: an odd one has
+    a single part.
     """
     *rows, vocab = arrays_BV[0].shape
     parts = math.gcd(vocab, 64)

@@ -19,7 +19,6 @@ import jax
 import numpy as np
 import tokenizers
 import transformers
-from jax.sharding import AxisType, Mesh
 
 from benchmarks import sides
 from r1re_jax.model.config import ModelConfig
@@ -27,7 +26,7 @@ from r1re_jax.model.hf_config import hf_config
 from r1re_jax.model.qwen import abstract_qwen
 from r1re_jax.model.tree import Level, Tree
 from r1re_jax.policy import Limits
-from r1re_jax.sharding import MESH_AXES
+from r1re_jax.sharding import make_mesh
 from r1re_jax.task.lessons import Lesson
 from r1re_jax.task.rewards import Verdict
 from r1re_jax.train.grpo import GRPO, GRPOBlock, make_grpo
@@ -155,9 +154,7 @@ class Step:
 
     def __init__(self, shape: Shape, *, group: int = GROUP, **settings: Any):
         self.shape = shape
-        one = np.array(jax.devices()[:1]).reshape(1, 1, 1)
-        mesh = Mesh(one, MESH_AXES, axis_types=(AxisType.Auto,) * 3)
-        layout = model_layout(abstract_qwen(CONFIG), mesh)
+        layout = model_layout(abstract_qwen(CONFIG), make_mesh(devices=jax.devices()[:1]))
         params = random_params(CONFIG, layout, seed=0)
         self.settings = GRPOSettings(
             steps=10_000, questions=QUESTIONS, group=group, kl_coefficient=0.001, **settings

@@ -10,9 +10,10 @@ import numpy as np
 from flax import nnx
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
-# Mesh axes: `data` runs across slices, `fsdp` shards parameters and batch, `tensor` shards heads
-# and MLP.
-MESH_AXES = ("data", "fsdp", "tensor")
+# Mesh axes: `data` runs across slices, `fsdp` shards parameters and batch, `sequence` parameters
+# and the positions of a row, `tensor` heads and MLP.
+MESH_AXES = ("data", "fsdp", "sequence", "tensor")
+AXIS_TYPES = (AxisType.Auto,) * len(MESH_AXES)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,8 +32,8 @@ class Rule:
 
 # Logical axis of a parameter or activation -> where it lies.
 RULES: Mapping[str, Rule] = {
-    "vocab": Rule(("tensor",), ("tensor", "fsdp")),
-    "embed": Rule(("fsdp",), ()),
+    "vocab": Rule(("tensor",), ("tensor", "fsdp", "sequence")),
+    "embed": Rule(("fsdp", "sequence"), ()),
     "heads": Rule(("tensor",), ("tensor",)),
     "kv_heads": Rule(("tensor",), ("tensor",)),
     "mlp": Rule(("tensor",), ("tensor", "fsdp")),
@@ -42,6 +43,8 @@ RULES: Mapping[str, Rule] = {
     "guide": Rule(),  # every device needs the whole guide
     # Rows of a step are spread over all data-parallel devices.
     "question": Rule(("data", "fsdp"), ("data", "fsdp")),
+    # Positions of a level's rows; drawing has one of each row at a time (`drawing_mesh`).
+    "position": Rule(("sequence",), ()),
     # Where logits are computed the devices of a slice share the vocabulary instead.
     "scored": Rule(("data",), ("data",)),
 }
@@ -87,8 +90,16 @@ def question_ways(mesh: Mesh) -> int:
     return math.prod(mesh.shape[axis] for axis in RULES["question"].training)
 
 
+def shares_positions(mesh: Mesh | None, tokens: int) -> bool:
+    """Whether the positions of a level's rows are spread: among several devices, and evenly."""
+    ways = 1 if mesh is None else mesh.shape["sequence"]
+    return ways > 1 and tokens % ways == 0
+
+
 def drawing_mesh(mesh: Mesh, *, tensor: int = 0) -> Mesh:
     """Return the mesh that completions are drawn on: the same devices in the same order.
+
+    Devices that share the positions of a row in training share the rows there.
 
     Args:
         mesh: that of training.
@@ -97,20 +108,26 @@ def drawing_mesh(mesh: Mesh, *, tensor: int = 0) -> Mesh:
     Raises:
         ValueError: the devices of a slice cannot be shared out so.
     """
-    data, fsdp, ways = (mesh.shape[axis] for axis in MESH_AXES)
-    if tensor in (0, ways):
+    data, fsdp, sequence, ways = (mesh.shape[axis] for axis in MESH_AXES)
+    tensor = tensor or ways
+    if (sequence, tensor) == (1, ways):
         return mesh
-    if fsdp * ways % tensor:
+    if fsdp * sequence * ways % tensor:
         raise ValueError(
-            f"mesh.drawing_tensor is {tensor}; it must divide the {fsdp * ways} devices of"
-            f" mesh.fsdp={fsdp} times mesh.tensor={ways}"
+            f"mesh.drawing_tensor is {tensor}; it must divide the {fsdp * sequence * ways} devices"
+            f" of mesh.fsdp={fsdp} times mesh.sequence={sequence} times mesh.tensor={ways}"
         )
-    devices = mesh.devices.reshape(data, fsdp * ways // tensor, tensor)
-    return Mesh(devices, MESH_AXES, axis_types=(AxisType.Auto,) * 3)
+    devices = mesh.devices.reshape(data, -1, 1, tensor)
+    return Mesh(devices, MESH_AXES, axis_types=AXIS_TYPES)
 
 
 def make_mesh(
-    *, data: int = 1, fsdp: int = -1, tensor: int = 1, devices: Sequence[Any] | None = None
+    *,
+    data: int = 1,
+    fsdp: int = -1,
+    sequence: int = 1,
+    tensor: int = 1,
+    devices: Sequence[Any] | None = None,
 ) -> Mesh:
     """Make the mesh of some devices, or of all; one size may be −1 and takes those left.
 
@@ -118,7 +135,7 @@ def make_mesh(
         ValueError: the sizes do not multiply to the number of devices.
     """
     devices = jax.devices() if devices is None else devices
-    sizes = [data, fsdp, tensor]
+    sizes = [data, fsdp, sequence, tensor]
     if sizes.count(-1) > 1 or any(size == 0 or size < -1 for size in sizes):
         raise ValueError(
             f"mesh sizes {dict(zip(MESH_AXES, sizes, strict=True))}: one may be -1, others ≥ 1"
@@ -131,7 +148,7 @@ def make_mesh(
         raise ValueError(
             f"a mesh of {found} needs {int(np.prod(sizes))} devices; there are {len(devices)}"
         )
-    return jax.make_mesh(tuple(sizes), MESH_AXES, axis_types=(AxisType.Auto,) * 3, devices=devices)
+    return jax.make_mesh(tuple(sizes), MESH_AXES, axis_types=AXIS_TYPES, devices=devices)
 
 
 def parameter_shardings(state: nnx.State, mesh: Mesh) -> nnx.State:

@@ -237,27 +237,25 @@ def key_bytes(config: ModelConfig, *, itemsize: int) -> int:
 
 
 def decode_bytes(
-    config: ModelConfig, lengths: Lengths, *, itemsize: int, copies: int = 1, adapter: int = 0
+    config: ModelConfig, lengths: Lengths, *, weights: int, itemsize: int, copies: int = 1
 ) -> int:
     """Return the bytes that must be read while these completions are decoded side by side.
 
-    At every token all matrices and the head are read once, the keys of a guide and of a question
-    once for all rows below it that still run, and a row's own keys once. So many tokens as the
-    longest completion has, less the first, which comes from the prompt. Activations are left out.
+    At every token all weights are read once, the keys of a guide and of a question once for all
+    rows below it that still run, and a row's own keys once. So many tokens as the longest
+    completion has, less the first, which comes from the prompt. Activations are left out.
 
     Args:
         config: shape of the model.
         lengths: of what is drawn in one go.
-        itemsize: bytes of an element of weights and keys.
-        copies: devices, or groups of them, that share the questions: each reads weights and guides.
-        adapter: see `forward_flops`.
+        weights: bytes that all devices together read of the weights at every token.
+        itemsize: bytes of an element of the keys.
+        copies: devices, or groups of them, that share the questions: each reads the guides.
     """
     fed = np.maximum(lengths.completion - 1, 0)
-    weights = matrix_size(config) + config.width * config.vocab + adapter
     keys = (
         copies * int((fed.max(axis=(1, 2), initial=0) * lengths.guide).sum())
         + int((fed.max(axis=2, initial=0) * lengths.question).sum())
         + level_load(fed).pairs
     )
-    steps = int(fed.max(initial=0))
-    return copies * steps * weights * itemsize + keys * key_bytes(config, itemsize=itemsize)
+    return int(fed.max(initial=0)) * weights + keys * key_bytes(config, itemsize=itemsize)

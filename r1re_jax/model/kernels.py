@@ -36,8 +36,8 @@ class Shape:
         queries: M, below each row.
         slots: S, keys of each row.
         size: A.
-        group: g queries in turn belong to one token, which sees keys up to its own; 0: all queries
-            see the row's first `length` keys.
+        group: g queries in turn belong to one token, which sees keys up to its own, the first's
+            being number `length`; 0: all queries see the row's first `length` keys.
         interpret: run on any device, slowly.
     """
 
@@ -65,7 +65,20 @@ class Shape:
         if not self.group:
             return length
         last = (query + 1) * self.block[1] - 1
-        return jnp.minimum(last // self.group + 1, self.slots)
+        return jnp.minimum(length + last // self.group + 1, self.slots)
+
+    def seeing(self, length: jax.Array, key: jax.Array) -> jax.Array:
+        """Return the first block of queries that sees some keys: those of block number `key`."""
+        if not self.group:
+            return jnp.zeros_like(key)
+        keys, queries = self.block
+        first = jnp.maximum(key * keys - length, 0) * self.group // queries
+        return jnp.minimum(first, self.blocks[1] - 1)
+
+    @property
+    def share(self) -> float:
+        """Scores that are computed, of all; of several devices' queries those of the last."""
+        return 1 - self.queries / self.group / self.slots / 2 if self.group else 1.0
 
 
 def forward(
@@ -77,7 +90,7 @@ def forward(
         query: [K, B', M, A], scaled.
         key: [K, B', A, S].
         value: [K, B', S, A].
-        length: [B'] int32, keys that are seen where `of.group` is 0.
+        length: [B'] int32, keys that are seen where `of.group` is 0; else the first token's number.
         of: their sizes.
 
     Returns:
@@ -168,9 +181,7 @@ def _call(
         """Return numbers of the block of queries and of keys; nothing unseen is read."""
         query, key = (inner, outer) if queries_last else (outer, inner)
         if queries_last:
-            if of.group:  # the first queries that see a key of the block
-                query = jnp.maximum(query, key * keys * of.group // queries)
-            return query, key
+            return jnp.maximum(query, of.seeing(length[row % of.rows], key)), key
         seen = of.seen(length[row % of.rows], query)
         return query, jnp.minimum(key, jnp.maximum(seen - 1, 0) // keys)
 
@@ -194,8 +205,7 @@ def _call(
         "r": (1, of.queries),
     }
     blocks = (key_blocks, query_blocks) if queries_last else (query_blocks, key_blocks)
-    share = 0.5 if of.group else 1.0
-    scores = of.heads * of.rows * of.queries * of.slots * share
+    scores = of.heads * of.rows * of.queries * of.slots * of.share
     moved = sum(
         of.heads * of.rows * whole[kind][0] * whole[kind][1] * size
         for kind, size in [*((kind, 2) for kind in inputs), *((kind, 4) for kind, _ in outputs)]
@@ -358,7 +368,7 @@ def _scores(
     score = _dot(key, query, 0, 1)
     slot = at_key * keys + jax.lax.broadcasted_iota(jnp.int32, score.shape, 0)
     number = at_query * queries + jax.lax.broadcasted_iota(jnp.int32, score.shape, 1)
-    seen = slot <= number // of.group if of.group else slot < length
+    seen = slot <= length + number // of.group if of.group else slot < length
     return score, seen if of.queries % queries == 0 else seen & (number < of.queries)
 
 

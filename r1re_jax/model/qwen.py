@@ -14,18 +14,21 @@ import dataclasses
 import enum
 import functools
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jax.sharding import Mesh, NamedSharding
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from r1re_jax import sharding
-from r1re_jax.model.attention import Attention, Kernels, Part, attend
+from r1re_jax.model.attention import attend
 from r1re_jax.model.block import Block, RMSNorm, rotation
 from r1re_jax.model.config import ModelConfig
 from r1re_jax.model.int8 import Int8, Quantisation, stored_as
 from r1re_jax.model.linear import last_axis, product
+from r1re_jax.model.parts import Part
+from r1re_jax.model.spread import Attention, Spread
 from r1re_jax.model.tree import Level
 
 # Models of up to so many layers are compiled layer by layer: a little faster to run, and the longer
@@ -79,7 +82,7 @@ class Qwen(nnx.Module):
 
     cache: Quantisation = Quantisation.NONE  # what `decode` writes; see r1re_jax.model.quantise
     mesh: Mesh | None = None  # that arrays are spread over, see `placed`
-    kernels: Kernels | None = None  # of attention; None for by XLA
+    spread: Spread | None = None  # of attention; None where it is left to XLA
 
     def __init__(
         self,
@@ -182,8 +185,9 @@ class Qwen(nnx.Module):
             after, own = [], []
             for x, turn, (_, _, length) in zip(xs, turns, levels, strict=True):
                 query, key, value = block.project(x, turn)
-                attended = attend(query, [*parts, Part(key, value)], kernels=self.kernels)
-                after.append(block.finish(x, attended))
+                key, value = self._gathered(key, -1), self._gathered(value, -2)
+                attended = attend(query, [*parts, Part(key, value)], spread=self.spread)
+                after.append(self._shared(block.finish(x, attended)))
                 own.append(KeyValue(key, value))
                 parts.append(Part(key, value, length))
             return tuple(after), tuple(own)
@@ -191,7 +195,7 @@ class Qwen(nnx.Module):
         above = tuple(KeyValue(cache.key, cache.value) for cache in ancestors)
         xs, own = jax.lax.scan(
             self.remat.wrap(layer),
-            tuple(self._embedded(tokens) for tokens, _, _ in levels),
+            tuple(self._shared(self._embedded(tokens)) for tokens, _, _ in levels),
             (layers, above),
             unroll=self.config.layers <= UNROLLED,
         )
@@ -232,7 +236,7 @@ class Qwen(nnx.Module):
             keys.append(_write(own.key[index], key, step, axis=-1))
             values.append(_write(own.value[index], value, step, axis=-2))
             parts = [*_ancestor_parts(above, ancestors), Part(keys[-1], values[-1], written)]
-            x = block.finish(x, attend(query, parts, kernels=self.kernels))
+            x = block.finish(x, attend(query, parts, spread=self.spread))
             # Else every layer adds up what all before it have added, anew.
             x = jax.lax.optimization_barrier(x)
         return self.norm(x)[..., 0, :], KeyValue(tuple(keys), tuple(values))
@@ -298,6 +302,27 @@ class Qwen(nnx.Module):
     def _embedded(self, tokens: jax.Array) -> jax.Array:
         return self.embed[...].astype(self.dtype)[tokens]
 
+    def _shared(self, x: jax.Array) -> jax.Array:
+        """Spread the positions of [N, *B, T, D] over the devices that share them, if any do."""
+        if self.mesh is None or not sharding.shares_positions(self.mesh, x.shape[-2]):
+            return x
+        names: list[str | None] = [None] * x.ndim
+        names[-2] = "position"
+        if x.ndim > 3 and x.shape[1] % sharding.question_ways(self.mesh) == 0:
+            names[1] = "question"
+        return self._laid(x, sharding.spec(tuple(names)))
+
+    def _gathered(self, x: jax.Array, axis: int) -> jax.Array:
+        """Bring all positions of keys or values, which lie along an axis, to every device."""
+        if self.mesh is None or not sharding.shares_positions(self.mesh, x.shape[axis]):
+            return x
+        axes: list[Any] = [PartitionSpec.UNCONSTRAINED] * x.ndim
+        axes[axis] = None
+        return self._laid(x, PartitionSpec(*axes))
+
+    def _laid(self, x: jax.Array, spec: PartitionSpec) -> jax.Array:
+        return jax.lax.with_sharding_constraint(x, NamedSharding(self.mesh, spec))
+
 
 def end_of(ancestors: Sequence[Cache], shape: Sequence[int]) -> jax.Array:
     """Return [*shape] int32, the position behind the true tokens of all ancestors."""
@@ -333,7 +358,7 @@ def placed(model: Qwen, mesh: Mesh) -> Qwen:
     """Return the model as it computes on a mesh; the argument stays as it is."""
     model = nnx.merge(*nnx.split(model))
     model.mesh = mesh if mesh.size > 1 else None
-    model.kernels = Kernels.on(mesh, model.attention)
+    model.spread = Spread.on(mesh, model.attention)
     return model
 
 

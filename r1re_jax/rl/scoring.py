@@ -11,6 +11,7 @@ import numpy as np
 from r1re_jax.model.qwen import Qwen
 from r1re_jax.model.tree import Tree
 from r1re_jax.rl.masks import length_mask
+from r1re_jax.sharding import shares_positions
 
 
 @jax.tree_util.register_dataclass
@@ -85,11 +86,14 @@ def _score_in_chunks(
 
     The scan runs over positions and not over flattened rows: rows are what a mesh shards.
     """
+    weight, questions, shape = model.head_weight(), token_BC.ndim - 3, token_BC.shape
+    # Of positions that devices share, a chunk has some of each device's.
+    ways = model.mesh.shape["sequence"] if shares_positions(model.mesh, shape[-1]) else 1
+    token_BC = token_BC.reshape(*shape[:-1], ways, -1)
+    hidden_BCD = hidden_BCD.reshape(*token_BC.shape, hidden_BCD.shape[-1])
     limit = token_BC.shape[-1]
-    chunk = min(chunk, max(limit, 1))
+    chunk = min(max(chunk // ways, 1), max(limit, 1))
     pieces = -(-limit // chunk)
-
-    weight, questions = model.head_weight(), token_BC.ndim - 3
 
     @functools.partial(jax.checkpoint, prevent_cse=False)
     def piece(_: None, inputs: tuple[jax.Array, jax.Array]) -> tuple[None, tuple]:
@@ -99,7 +103,7 @@ def _score_in_chunks(
 
     xs = (_cut(hidden_BCD, -2, pieces, chunk), _cut(token_BC, -1, pieces, chunk))
     _, scores = jax.lax.scan(piece, None, xs)
-    logp, entropy = (_join(x_pBc)[..., :limit] for x_pBc in scores)
+    logp, entropy = (_join(x_pBc)[..., :limit].reshape(shape) for x_pBc in scores)
     return logp, entropy
 
 

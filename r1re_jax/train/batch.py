@@ -159,6 +159,13 @@ def check_batches(settings: Settings, *, mesh: Mesh) -> None:
         check_mesh(1, settings.evaluate.batch, 0, mesh=drawing, phase="evaluate")
     if settings.grpo.steps:  # a rollout has all questions of a step
         check_mesh(settings.grpo.trees, settings.grpo.questions, 0, mesh=drawing, phase="grpo")
+    ways, limit = mesh.shape["sequence"], settings.training_limits.completion
+    if limit % ways:
+        raise ValueError(
+            f"mesh.sequence: {ways} devices share the positions of a completion, which"
+            f" limits.completion={limit} does not divide evenly; the next that does is"
+            f" {-(-limit // ways) * ways}"
+        )
     for phase, of in settings.phases.items():
         check_mesh(of.trees, of.questions, of.micro_batch, mesh=mesh, phase=phase.value)
 
@@ -175,6 +182,7 @@ def check_mesh(trees: int, questions: int, micro_batch: int, *, mesh: Mesh, phas
     if wide % ways:
         raise ValueError(
             f"{phase}: {wide} questions of a tree are computed at a time, by {ways} devices"
-            f" (mesh.data times mesh.fsdp, or what mesh.drawing_tensor makes of them); make the"
+            f" (mesh.data times mesh.fsdp, in drawing with mesh.sequence and mesh.drawing_tensor);"
+            f" make the"
             f" batch in {phase} a multiple of {ways}"
         )

@@ -1,6 +1,7 @@
 """How well a step used its devices: counted arithmetic and bytes over the seconds it took."""
 
 import dataclasses
+import math
 from collections.abc import Mapping
 
 import jax.numpy as jnp
@@ -9,6 +10,7 @@ from flax import nnx
 from r1re_jax import sharding
 from r1re_jax.model.config import ModelConfig
 from r1re_jax.model.flops import Lengths, decode_bytes, step_flops, tree_load, update_flops
+from r1re_jax.model.int8 import Quantisation
 from r1re_jax.model.lora import is_adapter
 from r1re_jax.model.peaks import peak_of
 from r1re_jax.model.qwen import Qwen
@@ -24,14 +26,16 @@ class Meter:
     Attributes:
         config: shape of the model.
         adapter: elements of all matrices of adapters; 0 where all parameters are trained.
-        itemsize: bytes of an element of the sampler's weights and keys.
-        copies: devices, or groups of them, that share the questions.
+        weights: bytes of the sampler's weights that all devices together read at every token.
+        itemsize: bytes of an element of its keys.
+        copies: devices, or groups of them, that share the questions drawn.
         flops: FLOP/s of all devices together at best; None where that is not known.
         bandwidth: bytes/s of all devices' memory together at best; None likewise.
     """
 
     config: ModelConfig
     adapter: int
+    weights: int
     itemsize: int
     copies: int
     flops: float | None
@@ -74,9 +78,9 @@ class Meter:
         return decode_bytes(
             self.config,
             lengths,
+            weights=self.weights,
             itemsize=self.itemsize,
             copies=self.copies,
-            adapter=self.adapter,
         )
 
     def _use(self, flops: int, seconds: float) -> dict[str, float]:
@@ -92,15 +96,16 @@ def make_meter(layout: Layout, *, sampler: Layout | None = None) -> Meter:
         layout: the model that is trained.
         sampler: the one that draws, where it is another.
     """
-    model, drawing = _abstract(layout), _abstract(sampler or layout)
-    devices = layout.mesh.devices
+    sampler, devices = sampler or layout, layout.mesh.devices
+    model, drawing = _abstract(layout), _abstract(sampler)
     peak = peak_of(devices.flat[0].device_kind)
     flops = None if peak is None else peak.flops.get(model.dtype.name)
     return Meter(
         config=model.config,
         adapter=sum(shape.size for name, shape in layout.shapes.items() if is_adapter(name)),
-        itemsize=jnp.dtype(drawing.dtype).itemsize,
-        copies=sharding.question_ways(layout.mesh),
+        weights=_read(sampler, tied=model.config.tied) * devices.size,
+        itemsize=1 if drawing.cache is Quantisation.INT8 else jnp.dtype(drawing.dtype).itemsize,
+        copies=sharding.question_ways(sampler.mesh),
         flops=None if flops is None else flops * devices.size,
         bandwidth=None if peak is None else peak.bandwidth * devices.size,
     )
@@ -109,6 +114,19 @@ def make_meter(layout: Layout, *, sampler: Layout | None = None) -> Meter:
 def _abstract(layout: Layout) -> Qwen:
     """Return the model with shapes in place of arrays."""
     return nnx.merge(layout.graph, model_state({**layout.frozen, **layout.shapes}))
+
+
+def _read(layout: Layout, *, tied: bool) -> int:
+    """Return the bytes that a device reads for a token: all that it holds, and few rows of tokens.
+
+    A tied embedding is the head too.
+    """
+    shapes = {**layout.frozen, **layout.shapes}
+    return sum(
+        math.prod(shape.sharding.shard_shape(shape.shape)) * shape.dtype.itemsize
+        for name, shape in shapes.items()
+        if tied or name != "embed"
+    )
 
 
 def _rounds(lengths: Lengths, questions: int) -> list[Lengths]:

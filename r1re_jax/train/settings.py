@@ -9,9 +9,9 @@ Values that contradict each other are refused here; types and unknown keys in
 import dataclasses
 import enum
 
-from r1re_jax.model.attention import Attention
 from r1re_jax.model.lora import Lora
 from r1re_jax.model.qwen import Remat
+from r1re_jax.model.spread import Attention
 from r1re_jax.policy import Limits
 from r1re_jax.task.completions import TAUGHT, Taught, Thoughts
 from r1re_jax.task.rewards import RewardTotals
@@ -74,15 +74,18 @@ class MeshSettings:
     Attributes:
         data: copies of the parameters, one in each slice.
         fsdp: devices that share parameters and questions.
+        sequence: devices that share parameters and the positions of a row in training, for long
+            completions; completions are drawn as if they were `fsdp`.
         tensor: devices that share the heads and the MLP of a question.
-        drawing_tensor: `tensor` while completions are drawn: fsdp times tensor devices are shared
-            out anew then. 0 for as in training.
+        drawing_tensor: `tensor` while completions are drawn: the devices of fsdp, sequence and
+            tensor are shared out anew then. 0 for as in training.
         moments_on_host: keep the optimizer's moments in the host's memory between updates.
         reference_on_host: keep a frozen reference there between its scorings.
     """
 
     data: int = 1
     fsdp: int = -1
+    sequence: int = 1
     tensor: int = 1
     drawing_tensor: int = 0
     moments_on_host: bool = False

@@ -81,7 +81,11 @@ def run_mesh(settings: Settings, *, devices: Sequence[Any] | None = None) -> Mes
     """Make the mesh that the settings ask for, of some devices or of all."""
     sizes = settings.mesh
     return sharding.make_mesh(
-        data=sizes.data, fsdp=sizes.fsdp, tensor=sizes.tensor, devices=devices
+        data=sizes.data,
+        fsdp=sizes.fsdp,
+        sequence=sizes.sequence,
+        tensor=sizes.tensor,
+        devices=devices,
     )
 
 

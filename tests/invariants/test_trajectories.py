@@ -60,7 +60,7 @@ class _Reversed:
 class Variant:
     """What differs from the run that is compared with."""
 
-    mesh: tuple[int, int, int] = (1, 1, 1)
+    mesh: tuple[int, ...] = (1, 1, 1)
     remat: Remat = Remat.NONE
     micro_batch: int = 0
     backwards: bool = False
@@ -141,6 +141,15 @@ def whole() -> tuple[list[dict[str, float]], list[Rollout]]:
         pytest.param(Variant(backwards=True), id="questions from the last to the first"),
         pytest.param(Variant(compaction=4), id="finished rows dropped"),
         pytest.param(Variant(mesh=(2, 2, 2), compaction=4), id="data 2, fsdp 2, tensor 2, dropped"),
+        pytest.param(Variant(mesh=(1, 2, 1, 2), remat=Remat.LAYER), id="fsdp 2, sequence 2, remat"),
+        pytest.param(
+            Variant(mesh=(1, 1, 1, 8), micro_batch=1),
+            id="sequence 8, which does not divide completions",
+            marks=pytest.mark.slow,
+        ),
+        pytest.param(
+            Variant(mesh=(1, 2, 2, 2)), id="fsdp 2, tensor 2, sequence 2", marks=pytest.mark.slow
+        ),
         pytest.param(Variant(mesh=(4, 1, 1)), id="data 4", marks=pytest.mark.slow),
         pytest.param(Variant(mesh=(1, 4, 1)), id="fsdp 4", marks=pytest.mark.slow),
         pytest.param(Variant(mesh=(1, 1, 2)), id="tensor 2", marks=pytest.mark.slow),

@@ -68,7 +68,7 @@ def test_a_sound_run_passes(sound: dict[str, Result], inputs: pathlib.Path) -> N
     assert config["hash"] == configuration_hash(read_settings(_config(inputs)))
     assert config["steps"] == "2 sft, 2 grpo"
     assert {"python", "jax", "jaxlib", "flax", "optax"} < sound["versions"].found.keys()
-    assert sound["devices"].found["mesh"] == "data 2, fsdp 2, tensor 2"
+    assert sound["devices"].found["mesh"] == "data 2, fsdp 2, sequence 1, tensor 2"
     assert sound["devices"].found["devices"].startswith("8 cpu")
 
 

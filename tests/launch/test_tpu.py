@@ -51,6 +51,7 @@ def get_config():
         data=dict(train=dict(kind="jsonl", path="none.jsonl", guide="none.md")),
         grpo=dict(steps=1, trees=1, questions=8, group=4, micro_batch=4, micro_group=2, chunk=16,
                   compaction=1, smallest_batch=16, smallest_cache=128, first_moment="bfloat16"),
+        sft=dict(steps=0, trees=1, questions=4),
         evaluate=dict(samples=4, batch=8),
     ))
 """
@@ -101,6 +102,23 @@ def test_all_programs_of_a_run_compile(topology: str, tmp_path: pathlib.Path) ->
         assert gathered <= max(rows * WIDTH * 4, 32 * 256 * 4) < rows * VOCAB * 4
         # And the guide's keys are never copied per row.
         assert use["temporaries_gib"] * 2**30 < rows * GUIDE * 2 * 2 * 128 * 2 * 2
+
+
+def test_devices_that_share_positions_hold_fewer_of_them(tmp_path: pathlib.Path) -> None:
+    """A row of long completions on each device, or half of two."""
+    long = {"limits.completion": 8192, "grpo.steps": 0, "sft.steps": 1, "evaluate.samples": 0}
+    updates = []
+    for more in ({"mesh.fsdp": 4}, {"mesh.fsdp": 2, "mesh.sequence": 2, "sft.questions": 2}):
+        flags = [f"--config.{name}={value}" for name, value in {**long, **more}.items()]
+        status, found, said = compiled(tmp_path, "v5e:2x2", *flags)
+        assert status == 0, said
+        (update,) = (one for one in found["programs"] if one["name"] == "update")
+        updates.append(update)
+    whole, shared = (one["temporaries_gib"] for one in updates)
+    assert shared < 0.65 * whole
+    # What is gathered are keys and weights: nothing of a row's positions times the width.
+    gathered = updates[1]["collectives"]["all-gather"]["largest_bytes"]
+    assert gathered <= max(VOCAB * WIDTH * 2, 8192 * 2 * 128 * 2)
 
 
 def test_what_does_not_fit_is_refused(tmp_path: pathlib.Path) -> None:

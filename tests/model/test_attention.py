@@ -12,7 +12,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from r1re_jax.model import attention
-from r1re_jax.model.attention import Part, attend
+from r1re_jax.model.attention import attend
+from r1re_jax.model.parts import Part
 
 # Few shapes, as each is compiled; lengths and masks vary under each.
 SHAPES = [

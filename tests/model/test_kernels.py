@@ -7,8 +7,10 @@ import pytest
 from jax.sharding import Mesh
 
 from r1re_jax.model import kernels as chip
-from r1re_jax.model.attention import Attention, Kernels, Part, attend
+from r1re_jax.model.attention import attend
 from r1re_jax.model.int8 import Int8
+from r1re_jax.model.parts import Part
+from r1re_jax.model.spread import Attention, Kernels, Spread
 from tests.train.world import mesh_of
 
 N, P, G, T, K, HEADS, SIZE = 1, 4, 2, 20, 2, 4, 16
@@ -29,12 +31,12 @@ class Case:
         self.lengths = [jnp.array([17]), jnp.array([[3, 9, 0, 5]]), None]
         self.cotangent = draw(*self.query.shape)
 
-    def gradients(self, kernels: Kernels | None) -> tuple:
+    def gradients(self, spread: Spread | None) -> tuple:
         """Return the result and its gradients."""
 
         def attended(query: jax.Array, arrays: list) -> jax.Array:
             parts = [Part(*of, length) for of, length in zip(arrays, self.lengths, strict=True)]
-            return attend(query, parts, kernels=kernels)
+            return attend(query, parts, spread=spread)
 
         def whole(query: jax.Array, arrays: list, cotangent: jax.Array) -> tuple:
             out, pull = jax.vjp(attended, query, arrays)
@@ -49,11 +51,11 @@ def assert_equal(found: tuple, expected: tuple) -> None:
         np.testing.assert_allclose(one, other, atol=2e-5, rtol=2e-5)
 
 
-def interpreted(mesh: Mesh) -> Kernels:
-    """Make the kernels of a mesh of CPUs."""
-    kernels = Kernels.on(mesh, Attention.KERNELS)
-    assert kernels is not None and kernels.interpret
-    return kernels
+def interpreted(mesh: Mesh) -> Spread:
+    """Spread attention by kernels over a mesh of CPUs."""
+    spread = Spread.on(mesh, Attention.KERNELS)
+    assert spread is not None and spread.kernels == Kernels(interpret=True)
+    return spread
 
 
 # Blocks that hold everything, that divide neither keys nor queries, and of which some are skipped.
@@ -65,11 +67,32 @@ def test_kernels_equal_xla(block: int, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.skipif(jax.device_count() < 8, reason="needs 8 devices")
-@pytest.mark.parametrize("sizes", [(1, 4, 2), (2, 2, 1), (1, 1, 2)])
-def test_on_a_mesh_every_device_computes_its_own(sizes: tuple[int, int, int]) -> None:
+@pytest.mark.parametrize("block", [512, 12])
+@pytest.mark.parametrize("sizes", [(1, 4, 2), (2, 2, 1), (1, 1, 2), (1, 2, 1, 4), (1, 1, 2, 2)])
+def test_on_a_mesh_every_device_computes_its_own(
+    sizes: tuple[int, ...], block: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Gradients of the guide's keys, which all devices hold, are summed over them."""
+    monkeypatch.setattr(chip, "BLOCK", block)
     case = Case()
     assert_equal(case.gradients(interpreted(mesh_of(*sizes))), case.gradients(None))
+
+
+@pytest.mark.skipif(jax.device_count() < 8, reason="needs 8 devices")
+@pytest.mark.parametrize("sizes", [(1, 2, 1, 4), (2, 1, 1, 2), (1, 1, 2, 4)])
+def test_positions_are_shared_by_xla_too(sizes: tuple[int, ...]) -> None:
+    case = Case()
+    spread = Spread.on(mesh_of(*sizes), Attention.XLA)
+    assert spread is not None and spread.kernels is None
+    assert_equal(case.gradients(spread), case.gradients(None))
+
+
+@pytest.mark.skipif(jax.device_count() < 8, reason="needs 8 devices")
+@pytest.mark.parametrize("way", [Attention.XLA, Attention.KERNELS])
+def test_the_own_row_alone_shared_by_eight(way: Attention) -> None:
+    case = Case(tokens=40)
+    case.arrays, case.lengths = case.arrays[2:], case.lengths[2:]
+    assert_equal(case.gradients(Spread.on(mesh_of(1, 1, 1, 8), way)), case.gradients(None))
 
 
 def test_one_token_a_row_as_decoding_has_it() -> None:
@@ -79,11 +102,11 @@ def test_one_token_a_row_as_decoding_has_it() -> None:
 
 
 def test_keys_beyond_the_length_may_be_anything() -> None:
-    case, kernels = Case(), interpreted(mesh_of(1, 1, 1))
-    expected = case.gradients(kernels)
+    case, spread = Case(), interpreted(mesh_of(1, 1, 1))
+    expected = case.gradients(spread)
     key, value = case.arrays[0]
     case.arrays[0] = key.at[..., 17:].set(1e4), value.at[..., 17:, :].set(-1e4)
-    (out, (query, arrays)) = case.gradients(kernels)
+    (out, (query, arrays)) = case.gradients(spread)
     np.testing.assert_array_equal(out, expected[0])
     np.testing.assert_array_equal(query, expected[1][0])
     assert not np.any(arrays[0][0][..., 17:]) and not np.any(arrays[0][1][..., 17:, :])
@@ -101,7 +124,7 @@ def test_nothing_that_is_not_seen_is_computed(monkeypatch: pytest.MonkeyPatch) -
 
 
 def test_what_a_kernel_does_not_take_is_left_to_xla() -> None:
-    cpu, tpu_sized = Kernels(mesh_of(1, 1, 1), interpret=True), Kernels(mesh_of(1, 1, 1))
+    cpu, tpu_sized = Kernels(interpret=True), Kernels()
     case = Case()
     shape = (K, N, P, G, T, HEADS // K, SIZE)
     part = Part(*case.arrays[0], case.lengths[0])
@@ -112,12 +135,12 @@ def test_what_a_kernel_does_not_take_is_left_to_xla() -> None:
     )
     assert not cpu.takes(shape, Part(key, value, case.lengths[0]))
     if jax.device_count() >= 8:
-        uneven = Kernels(mesh_of(1, 8, 1), interpret=True)
-        assert not uneven.suit(shape, [part]), "four questions cannot be shared by eight devices"
+        uneven = interpreted(mesh_of(1, 8, 1))
+        assert not uneven.suits(shape, [part]), "four questions cannot be shared by eight devices"
 
 
 def test_kernels_are_chosen_by_platform() -> None:
     mesh = mesh_of(1, 1, 1)
-    assert Kernels.on(mesh, Attention.AUTO) is None, "a CPU would interpret them"
-    assert Kernels.on(mesh, Attention.XLA) is None
-    assert Kernels.on(mesh, Attention.KERNELS) == Kernels(mesh, interpret=True)
+    assert Spread.on(mesh, Attention.AUTO) is None, "a CPU would interpret them"
+    assert Spread.on(mesh, Attention.XLA) is None
+    assert Spread.on(mesh, Attention.KERNELS) == Spread(mesh, Kernels(interpret=True))

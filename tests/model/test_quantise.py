@@ -10,10 +10,11 @@ from flax import nnx
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from r1re_jax.model.attention import Part, attend
+from r1re_jax.model.attention import attend
 from r1re_jax.model.config import Family
 from r1re_jax.model.int8 import Int8, Quantisation, stored_as
 from r1re_jax.model.lora import Lora, adapt
+from r1re_jax.model.parts import Part
 from r1re_jax.model.quantise import matrix_names, quantise
 from r1re_jax.model.qwen import Cache, Qwen
 from r1re_jax.train.state import flat_params, model_state

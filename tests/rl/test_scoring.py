@@ -100,7 +100,7 @@ def test_the_whole_logits_never_exist() -> None:
         tuple(map(int, dims.split("x")[:-1])) for dims in re.findall(r"tensor<([\dx]+x)f32>", text)
     }
     with_vocabulary = [shape for shape in shapes if shape and shape[-1] == V]
-    assert (N, P, G, 2, V) in with_vocabulary
+    assert (N, P, G, 1, 2, V) in with_vocabulary
     assert max(map(np.prod, with_vocabulary)) == max(N * P * G * 2, CONFIG.width) * V
 
 

@@ -32,32 +32,32 @@ MESHES = [
     pytest.param(dict(data=8, fsdp=1), id="data", marks=pytest.mark.slow),
 ]
 
-# The layout, by eye: stacked layers are never split; matrices over fsdp along the width and over
-# tensor along heads, MLP or vocabulary.
+# The layout, by eye: stacked layers are never split; matrices over fsdp and sequence along the
+# width and over tensor along heads, MLP or vocabulary.
 LAYOUT = {
-    "embed": P("tensor", "fsdp"),
-    "head": P("fsdp", "tensor"),
+    "embed": P("tensor", ("fsdp", "sequence")),
+    "head": P(("fsdp", "sequence"), "tensor"),
     "norm.weight": P(None),
     "layers.attention_norm.weight": P(None, None),
     "layers.mlp_norm.weight": P(None, None),
-    "layers.query.weight": P(None, "fsdp", "tensor"),
+    "layers.query.weight": P(None, ("fsdp", "sequence"), "tensor"),
     "layers.query.bias": P(None, "tensor"),
-    "layers.key.weight": P(None, "fsdp", "tensor"),
+    "layers.key.weight": P(None, ("fsdp", "sequence"), "tensor"),
     "layers.key.bias": P(None, "tensor"),
-    "layers.value.weight": P(None, "fsdp", "tensor"),
+    "layers.value.weight": P(None, ("fsdp", "sequence"), "tensor"),
     "layers.value.bias": P(None, "tensor"),
-    "layers.output.weight": P(None, "tensor", "fsdp"),
-    "layers.gate.weight": P(None, "fsdp", "tensor"),
-    "layers.up.weight": P(None, "fsdp", "tensor"),
-    "layers.down.weight": P(None, "tensor", "fsdp"),
+    "layers.output.weight": P(None, "tensor", ("fsdp", "sequence")),
+    "layers.gate.weight": P(None, ("fsdp", "sequence"), "tensor"),
+    "layers.up.weight": P(None, ("fsdp", "sequence"), "tensor"),
+    "layers.down.weight": P(None, "tensor", ("fsdp", "sequence")),
 }
 
 
 # The copy that completions are drawn with: nothing is gathered for a token but rows. Matrices lie
 # along heads, or along MLP and vocabulary over all devices of a slice.
 DRAWING = {
-    "embed": P(("tensor", "fsdp"), None),
-    "head": P(None, ("tensor", "fsdp")),
+    "embed": P(("tensor", "fsdp", "sequence"), None),
+    "head": P(None, ("tensor", "fsdp", "sequence")),
     "norm.weight": P(None),
     "layers.attention_norm.weight": P(None, None),
     "layers.mlp_norm.weight": P(None, None),
@@ -80,9 +80,11 @@ def by_name(state: nnx.State) -> dict:
 
 
 def test_mesh_takes_the_devices_that_are_left() -> None:
-    assert dict(sharding.make_mesh().shape) == dict(data=1, fsdp=8, tensor=1)
-    assert dict(sharding.make_mesh(data=2, tensor=2).shape) == dict(data=2, fsdp=2, tensor=2)
-    assert sharding.make_mesh().axis_types == (jax.sharding.AxisType.Auto,) * 3
+    shape = lambda **sizes: dict(sharding.make_mesh(**sizes).shape)  # noqa: E731
+    assert shape() == dict(data=1, fsdp=8, sequence=1, tensor=1)
+    assert shape(data=2, tensor=2) == dict(data=2, fsdp=2, sequence=1, tensor=2)
+    assert shape(fsdp=2, sequence=-1) == dict(data=1, fsdp=2, sequence=4, tensor=1)
+    assert sharding.make_mesh().axis_types == (jax.sharding.AxisType.Auto,) * 4
 
 
 @pytest.mark.parametrize(
@@ -134,10 +136,28 @@ def test_a_mesh_for_drawing_shares_the_same_devices_out_anew() -> None:
     mesh = sharding.make_mesh(data=2, fsdp=4)
     assert sharding.drawing_mesh(mesh) is mesh
     drawing = sharding.drawing_mesh(mesh, tensor=2)
-    assert dict(drawing.shape) == dict(data=2, fsdp=2, tensor=2)
+    assert dict(drawing.shape) == dict(data=2, fsdp=2, sequence=1, tensor=2)
     assert drawing.devices.flatten().tolist() == mesh.devices.flatten().tolist()
     with pytest.raises(ValueError, match=r"drawing_tensor is 3; it must divide the 4 devices"):
         sharding.drawing_mesh(mesh, tensor=3)
+
+
+def test_devices_that_share_positions_share_rows_in_drawing() -> None:
+    mesh = sharding.make_mesh(fsdp=2, sequence=2, tensor=2)
+    drawing = sharding.drawing_mesh(mesh)
+    assert dict(drawing.shape) == dict(data=1, fsdp=4, sequence=1, tensor=2)
+    assert drawing.devices.flatten().tolist() == mesh.devices.flatten().tolist()
+    assert sharding.question_ways(mesh) == 2
+    assert sharding.question_ways(drawing) == 4
+
+
+def test_positions_are_shared_evenly_or_not_at_all() -> None:
+    mesh = sharding.make_mesh(fsdp=2, sequence=4)
+    shared = [n for n in range(1, 13) if sharding.shares_positions(mesh, n)]
+    assert shared == [4, 8, 12]
+    assert not sharding.shares_positions(sharding.make_mesh(), 8)
+    assert not sharding.shares_positions(None, 8)
+    assert sharding.spec(("question", "position")) == P(("data", "fsdp"), "sequence")
 
 
 def test_uneven_splits_are_all_named() -> None:

@@ -90,11 +90,23 @@ def test_questions_that_a_mesh_cannot_share_evenly_are_refused() -> None:
 
 
 @pytest.mark.skipif(jax.device_count() < 8, reason="needs 8 devices")
+def test_completions_must_suit_the_devices_that_share_their_positions(
+    tmp_path: pathlib.Path,
+) -> None:
+    inputs, mesh = write_inputs(tmp_path), mesh_of(1, 1, 1, 2)
+    check_batches(settings(inputs, mesh={"fsdp": 1, "sequence": 2}), mesh=mesh)
+    sizes = {"guide": 400, "question": 48, "completion": 55}
+    odd = settings(inputs, mesh={"fsdp": 1, "sequence": 2}, limits=sizes)
+    with pytest.raises(ValueError, match=r"completion=55 does not .* the next that does is 56"):
+        check_batches(odd, mesh=mesh)
+
+
+@pytest.mark.skipif(jax.device_count() < 8, reason="needs 8 devices")
 def test_a_rollout_must_suit_the_mesh_that_draws(tmp_path: pathlib.Path) -> None:
     """Sharing heads among fewer devices there leaves more of them to share the questions."""
     sizes = {"data": 1, "fsdp": 2, "tensor": 4}
     inputs = write_inputs(tmp_path)
-    check_batches(settings(inputs, mesh=sizes), mesh=mesh_of(*sizes.values()))
+    check_batches(settings(inputs, mesh=sizes), mesh=mesh_of(1, 2, 4))
     fewer = settings(inputs, mesh=sizes | {"drawing_tensor": 1})
     with pytest.raises(ValueError, match=r"grpo: 2 questions .* by 8 devices .*drawing_tensor"):
-        check_batches(fewer, mesh=mesh_of(*sizes.values()))
+        check_batches(fewer, mesh=mesh_of(1, 2, 4))

@@ -91,6 +91,7 @@ CASES = {
         **MESHED,
         mesh={"data": -1, "fsdp": 1},
     ),
+    "mesh.sequence": _one(options.meshed_program, "mesh", {"sequence": 2}, **MESHED),
     "mesh.tensor": _one(options.meshed_program, "mesh", {"tensor": 2}, **MESHED),
     "mesh.drawing_tensor": _one(options.copy, "mesh", {"drawing_tensor": 2}, **MESHED),
     "mesh.moments_on_host": _one(options.lies, "mesh", {"moments_on_host": True}),

@@ -70,7 +70,7 @@ def config(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
     """Write a config of three steps, an evaluation among them, for eight devices."""
     folder = tmp_path_factory.mktemp("inputs")
     values = world.config(world.write_inputs(folder))
-    values["mesh"] = {"data": 1, "fsdp": 8, "tensor": 1, "drawing_tensor": 2}
+    values["mesh"] = {"data": 1, "fsdp": 4, "sequence": 2, "drawing_tensor": 2}
     values["sft"] |= {"steps": 1, "questions": 8, "micro_batch": 0}
     values["grpo"] |= {"steps": 2, "questions": 8, "micro_batch": 0, "compaction": 1}
     values["evaluate"] |= {"samples": 2, "batch": 8}

@@ -106,10 +106,10 @@ def test_a_is_drawn_from_the_seed_and_b_is_zero() -> None:
 def test_adapters_lie_as_their_matrices_do_and_ranks_are_whole() -> None:
     layout, _ = _layout(mesh_of(*SPREAD))
     found = {name: where.spec for name, where in layout.shardings.items() if "query" in name}
-    assert found["layers.query.adapter.a"] == P(None, ("fsdp",), None)
+    assert found["layers.query.adapter.a"] == P(None, ("fsdp", "sequence"), None)
     assert found["layers.query.adapter.b"] == P(None, None, ("tensor",))
     assert layout.shardings["layers.down.adapter.a"].spec == P(None, ("tensor",), None)
-    assert layout.shardings["layers.down.adapter.b"].spec == P(None, None, ("fsdp",))
+    assert layout.shardings["layers.down.adapter.b"].spec == P(None, None, ("fsdp", "sequence"))
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
@@ -279,4 +279,4 @@ def test_a_table_tells_what_is_trained(inputs: pathlib.Path) -> None:
     assert trained[1] == f"{parameter_bytes(dataclasses.replace(layout, frozen={}))[0]:,}"
     assert total[1] == f"{parameter_bytes(layout)[0]:,}"
     a = next(line.split() for line in lines if line.startswith("layers.up.adapter.a"))
-    assert a[1:] == ["2×16×2", "embed", "rank", "-", "fsdp", "-", "256", "256"]
+    assert a[1:] == ["2×16×2", "embed", "rank", "-", "fsdp+sequence", "-", "256", "256"]

@@ -6,14 +6,16 @@ import numpy as np
 import pytest
 
 from r1re_jax.model.flops import Lengths, decode_bytes, step_flops, tree_load, update_flops
+from r1re_jax.model.int8 import Quantisation
 from r1re_jax.model.lora import Lora, adapt
 from r1re_jax.model.peaks import Peak
+from r1re_jax.model.quantise import quantise
 from r1re_jax.model.qwen import abstract_qwen
 from r1re_jax.model.tree import Level, Tree
 from r1re_jax.train import meter as meter_module
 from r1re_jax.train.grpo_settings import GRPOSettings
 from r1re_jax.train.meter import Meter, make_meter
-from r1re_jax.train.state import Layout, model_layout
+from r1re_jax.train.state import Layout, drawing_layout, model_layout
 from tests.tiny import random_level, tiny_config
 from tests.train.world import mesh_of
 
@@ -21,7 +23,7 @@ CONFIG = tiny_config()
 SECONDS = {"step_time": 4.0, "step_time/rollout": 0.5}
 
 
-def _layout(mesh: tuple[int, int, int] = (1, 1, 1), *, dtype: str = "float32") -> Layout:
+def _layout(mesh: tuple[int, ...] = (1, 1, 1), *, dtype: str = "float32") -> Layout:
     return model_layout(abstract_qwen(CONFIG, dtype=dtype), mesh_of(*mesh))
 
 
@@ -55,10 +57,32 @@ def test_shares_are_of_all_devices(known: Peak) -> None:
     counted = step_flops(CONFIG, drawn=lengths, kept=lengths, scored=2, updates=2).total
     assert found["tflops"] == pytest.approx(counted / 4 / 1e12)
     assert found["mfu"] == pytest.approx(counted / 4 / (8 * 2e9))
-    # The sampler computes in float32, and four groups of two devices each read all weights.
-    moved = decode_bytes(CONFIG, lengths, itemsize=4, copies=4)
+    moved = decode_bytes(CONFIG, lengths, weights=meter.weights, itemsize=4, copies=4)
     assert found["hbm_use"] == pytest.approx(moved / 0.5 / (8 * 1e8))
     assert meter.sft(tree, seconds=4.0)["mfu"] < found["mfu"]
+
+
+def test_weights_are_read_where_they_lie() -> None:
+    """Heads by every group that shares questions, MLP and head once a slice, embedding by none."""
+    model, mesh = abstract_qwen(CONFIG, dtype="bfloat16"), mesh_of(2, 2, 2)
+    meter = make_meter(model_layout(model, mesh), sampler=drawing_layout(model, mesh))
+    width, layers, kv = CONFIG.width, CONFIG.layers, CONFIG.kv_heads * CONFIG.head_size
+    query, mlp = CONFIG.query_heads * CONFIG.head_size, CONFIG.mlp_width
+    heads = layers * (2 * width * query + 2 * width * kv + query + 2 * kv)
+    slices = layers * 3 * width * mlp + width * CONFIG.vocab
+    norms = 8 * (2 * layers + 1) * width
+    assert meter.weights == 2 * (4 * heads + 2 * slices + norms)
+    assert (meter.itemsize, meter.copies) == (2, 4)
+
+
+def test_int8_is_read_as_bytes() -> None:
+    model = abstract_qwen(CONFIG, dtype="bfloat16")
+    both = {"weights": Quantisation.INT8, "cache": Quantisation.INT8}
+    layout = model_layout(model, mesh_of(1, 1, 1))
+    whole = make_meter(layout, sampler=drawing_layout(model, layout.mesh))
+    small = make_meter(layout, sampler=drawing_layout(quantise(model, **both), layout.mesh))
+    assert (whole.itemsize, small.itemsize) == (2, 1)
+    assert 0.5 < small.weights / whole.weights < 0.8, "matrices halve; norms do not"
 
 
 def test_rounds_are_decoded_one_after_the_other(known: Peak) -> None:
@@ -73,7 +97,8 @@ def test_rounds_are_decoded_one_after_the_other(known: Peak) -> None:
         *(Level(x.tokens[:, :2], x.length[:, :2]) for x in (tree.question, tree.completion)),
     )
     found = meter.grpo(lengths, kept, GRPOSettings(questions=2), seconds=SECONDS)
-    moved = sum(decode_bytes(CONFIG, half, itemsize=4) for half in halves)
+    read = {"weights": meter.weights, "itemsize": 4}
+    moved = sum(decode_bytes(CONFIG, half, **read) for half in halves)
     assert found["hbm_use"] == pytest.approx(moved / 0.5 / 1e8)
     none = GRPOSettings(questions=2, kl_coefficient=0.0)
     assert meter.grpo(lengths, kept, none, seconds=SECONDS)["tflops"] < found["tflops"]

@@ -44,7 +44,7 @@ def test_the_copy_lies_where_drawing_wants_it(weights: str) -> None:
     settings = QuantiseSettings(weights=weights)
     drawing = sharding.drawing_mesh(mesh, tensor=2)
     sampler = make_sampler(layout, settings, mesh=drawing)
-    assert dict(sampler.layout.mesh.shape) == {"data": 2, "fsdp": 2, "tensor": 2}
+    assert dict(sampler.layout.mesh.shape) == {"data": 2, "fsdp": 2, "sequence": 1, "tensor": 2}
     found = sampler.params(placed)
     alone = make_sampler(layout_on(mesh_of(1, 1, 1))[0], settings)
     expected = alone.params(place_params(params, layout_on(mesh_of(1, 1, 1))[0]))

@@ -63,7 +63,7 @@ def test_a_state_is_sharded_from_the_start() -> None:
     state = create_state(place_params(params, layout), optimizer, layout, step=7)
     assert int(state.step) == 7
     spec = state.params["layers.gate.weight"].sharding.spec
-    assert spec == PartitionSpec(None, ("fsdp",), ("tensor",))
+    assert spec == PartitionSpec(None, ("fsdp", "sequence"), ("tensor",))
     moments = [
         leaf
         for path, leaf in jax.tree_util.tree_leaves_with_path(state.opt_state)
@@ -98,7 +98,7 @@ def test_the_table_has_every_parameter_and_adds_up() -> None:
     lines = parameter_table(layout).splitlines()
     assert len(lines) == len(layout.shapes) + 2
     embed = next(line for line in lines if line.startswith("embed")).split()
-    assert embed[1:] == ["64×16", "vocab", "embed", "tensor", "fsdp", "4,096", "1,024"]
+    assert embed[1:] == ["64×16", "vocab", "embed", "tensor", "fsdp+sequence", "4,096", "1,024"]
     total = sum(4 * int(np.prod(shape.shape)) for shape in layout.shapes.values())
     assert lines[-1].split()[1] == f"{total:,}"
 

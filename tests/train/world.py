@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import math
 import pathlib
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -42,10 +43,11 @@ def one_device_mesh() -> Mesh:
     return mesh_of(1, 1, 1)
 
 
-def mesh_of(data: int, fsdp: int, tensor: int) -> Mesh:
+def mesh_of(data: int, fsdp: int, tensor: int, sequence: int = 1) -> Mesh:
     """A mesh of the first devices."""
-    devices = np.array(jax.devices()[: data * fsdp * tensor]).reshape(data, fsdp, tensor)
-    return Mesh(devices, sharding.MESH_AXES, axis_types=(jax.sharding.AxisType.Auto,) * 3)
+    sizes = data, fsdp, sequence, tensor
+    devices = np.array(jax.devices()[: math.prod(sizes)]).reshape(sizes)
+    return Mesh(devices, sharding.MESH_AXES, axis_types=sharding.AXIS_TYPES)
 
 
 def layout_on(

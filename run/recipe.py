@@ -4,7 +4,33 @@ import sys
 from collections.abc import Sequence
 
 from absl import flags
-from ml_collections import config_flags
+from ml_collections import ConfigDict, config_flags
+
+from r1re_jax.train.config import optional_sections
+
+
+class _Whole(flags.ArgumentParser):
+    """Reads a recipe and gives it the sections that it leaves out, for flags to set keys of."""
+
+    def __init__(self, recipe: flags.ArgumentParser):
+        self._recipe = recipe
+
+    def parse(self, argument: str) -> ConfigDict:
+        """Return the recipe of a file, every section there."""
+        config = self._recipe.parse(argument)
+        for name in optional_sections():
+            *above, last = name.split(".")
+            section = config
+            for part in above:
+                section = section[part]
+            # What is no section is refused by `read_settings`, with a reason.
+            if isinstance(section, ConfigDict) and last not in section:
+                section[last] = ConfigDict()
+        return config
+
+    def flag_type(self) -> str:
+        """Return what the flag's value is called."""
+        return self._recipe.flag_type()
 
 
 def define_config(
@@ -12,7 +38,7 @@ def define_config(
 ) -> flags.FlagHolder:
     """Define --config=FILE[:arg] and --config.key=value; the flag must be given.
 
-    Keys that the recipe leaves at their defaults can be set too. What no setting reads is refused
+    Keys and sections that the recipe leaves out can be set too. What no setting reads is refused
     by `r1re_jax.train.config.read_settings`, with the nearest match.
 
     Args:
@@ -28,6 +54,7 @@ def define_config(
         accept_new_attributes=True,
         sys_argv=argv,
     )
+    values["config"].parser = _Whole(values["config"].parser)
     flags.mark_flags_as_required(["config"], values)
     return flag
 

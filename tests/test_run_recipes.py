@@ -37,12 +37,30 @@ def test_a_flag_sets_keys_that_the_recipe_has_and_lacks(tmp_path: pathlib.Path) 
     assert any(row[:1] == ["layers.gate.weight"] for row in rows)
 
 
+def test_sections_that_a_recipe_leaves_out_can_be_set(tmp_path: pathlib.Path) -> None:
+    write_inputs(tmp_path)
+    values = config(tmp_path)
+    assert not {"mesh", "lora"} & values.keys() and "reference" not in values["grpo"]
+    recipe = "from ml_collections import ConfigDict\ndef get_config():\n    return ConfigDict("
+    (tmp_path / "recipe.py").write_text(f"{recipe}{values!r})\n")
+    flags = ("--config.lora.rank=2", "--config.grpo.reference.every=3")
+    recipe = f"--config={tmp_path / 'recipe.py'}"
+    process = show(recipe, *flags, f"--json={tmp_path / 'shown.json'}")
+    assert process.returncode == 0, process.stderr
+    shown = json.loads((tmp_path / "shown.json").read_text())
+    assert shown["config"]["lora"]["rank"] == 2
+    assert shown["config"]["grpo"]["reference"]["every"] == 3
+    names = ("lora.rank", "grpo.reference.every", "lora.alpha", "mesh.data", "grpo.steps")
+    found = [shown["origins"][name] for name in names]
+    assert found == ["flag", "flag", "default", "default", "recipe"]
+
+
 @pytest.mark.parametrize(
     ("flag", "message"),
     [
         ("--config.grpo.stps=3", "unknown key grpo.stps; did you mean grpo.steps?"),
         ("--config.grpo.loss=dr_grp", "did you mean 'dr_grpo'?"),
-        ("--config.mehs.data=2", "the recipe has no section for one of the keys: 'mehs'"),
+        ("--config.mehs.data=2", 'Did you mean "mesh" instead of "mehs"?'),
     ],
 )
 def test_a_flag_that_nothing_reads_is_refused(flag: str, message: str) -> None:

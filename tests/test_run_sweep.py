@@ -79,7 +79,7 @@ def test_a_sweep_of_slices_is_printed_as_jobs() -> None:
     [
         ({"grpo.kl_coeficient": [0.0, 0.1]}, (), "did you mean grpo.kl_coefficient?"),
         ({"gropo.group": [2, 4]}, (), "did you mean grpo?"),
-        ({"reward.correct": [2.0, 3.0]}, (), "no section for one of the keys: 'reward'"),
+        ({"rewards.correct": [2.0, 3.0]}, (), "unknown key rewards; did you mean reward?"),
         ({"grpo.loss": ["grpo", "gsop"]}, (), "did you mean 'gspo'?"),
         ({"grpo.group": [2, 0.5]}, (), "flag --config.grpo.group=0.5"),
         ({"grpo.group": []}, (), "gives grpo.group an empty list"),

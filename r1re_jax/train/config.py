@@ -61,6 +61,16 @@ def resolved(settings: Settings) -> dict[str, Any]:
     return _plain(settings)
 
 
+def optional_sections(section: type = Settings, prefix: str = "") -> list[str]:
+    """Return dotted names of the sections that a config may leave out, outer ones first."""
+    found = []
+    for field in dataclasses.fields(section):
+        if dataclasses.is_dataclass(field.default) and FLAT not in field.metadata:
+            name = prefix + field.name
+            found += [name, *optional_sections(type(field.default), f"{name}.")]
+    return found
+
+
 def flat_keys(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
     """Yield (dotted key, value) of nested dicts in order; an empty dict counts as a value."""
     for name, value in values.items():
@@ -82,12 +92,14 @@ def origins(
     """
     values = config.to_dict() if hasattr(config, "to_dict") else config
     given = {key for key, _ in flat_keys(values)}
+    # An empty section gives nothing that lies below it.
+    sections = {key for key, value in flat_keys(values) if value != {}}
 
     def origin(key: str) -> str:
-        above = {key[:end] for end, letter in enumerate(key) if letter == "."} | {key}
-        if above & set(by_flag):
+        above = {key[:end] for end, letter in enumerate(key) if letter == "."}
+        if (above | {key}) & set(by_flag):
             return "flag"
-        return "recipe" if above & given else "default"
+        return "recipe" if key in given or above & sections else "default"
 
     return {key: (value, origin(key)) for key, value in flat_keys(resolved(settings))}
 

@@ -13,17 +13,26 @@ import numpy as np
 import pytest
 
 from r1re_jax import hosts
-from tests.train import world
 
 ROOT = pathlib.Path(__file__).parents[2]
+# Three steps with an evaluation, of a policy whose rewards differ, for eight devices.
 CONFIG = """
-import json
+from configs import arguments, miniworld
 
-from ml_collections import ConfigDict
+CHANGES = {
+    "sft.steps": 1, "sft.questions": 8, "grpo.steps": 2, "grpo.questions": 8,
+    "mesh.fsdp": 4, "mesh.sequence": 2, "mesh.drawing_tensor": 2,
+    "evaluate.batch": 8, "evaluate.greedy": False, "log.completions": 1,
+    "data.train.limits": {"guide": 320, "question": 64, "completion": 24},
+    "limits.completion": 24,
+}
 
 
 def get_config():
-    return ConfigDict(json.loads({text!r}))
+    config = miniworld.get_config("smoke")
+    arguments.put(config, CHANGES)
+    del config.data.eval.ood, config.data.eval.ood_shuffled
+    return config
 """
 
 
@@ -67,16 +76,9 @@ def free_address() -> str:
 
 @pytest.fixture(scope="module")
 def config(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
-    """Write a config of three steps, an evaluation among them, for eight devices."""
-    folder = tmp_path_factory.mktemp("inputs")
-    values = world.config(world.write_inputs(folder))
-    values["mesh"] = {"data": 1, "fsdp": 4, "sequence": 2, "drawing_tensor": 2}
-    values["sft"] |= {"steps": 1, "questions": 8, "micro_batch": 0}
-    values["grpo"] |= {"steps": 2, "questions": 8, "micro_batch": 0, "compaction": 1}
-    values["evaluate"] |= {"samples": 2, "batch": 8}
-    values["log"] = {"completions": 1}
-    path = folder / "config.py"
-    path.write_text(CONFIG.format(text=json.dumps(values)))
+    """Write the config."""
+    path = tmp_path_factory.mktemp("inputs") / "config.py"
+    path.write_text(CONFIG)
     return path
 
 
@@ -119,9 +121,10 @@ def test_two_processes_make_the_same_updates(runs: tuple[pathlib.Path, pathlib.P
     assert [line["step"] for line in other] == [line["step"] for line in one]
     for line, same in zip(one, other, strict=True):
         assert line.keys() == same.keys()
-        for name in ("loss", "grad_norm", "reward", "entropy", "completions/mean_length"):
-            if name in line:
-                np.testing.assert_allclose(same[name], line[name], rtol=1e-5, atol=1e-7)
+        names = {"loss", "grad_norm", "reward", "kl", "entropy", "completions/mean_length"}
+        for name in names & line.keys():
+            np.testing.assert_allclose(same[name], line[name], rtol=1e-5, atol=1e-7)
+    assert all(line["reward_std"] > 0 for line in one if "reward" in line), "there is a gradient"
     steps = [sorted(p.name for p in (folder / "checkpoints").iterdir()) for folder in runs]
     assert steps[0] == steps[1]
 

@@ -1,12 +1,12 @@
 """The mesh and the one table that says which mesh axes shard which logical axis."""
 
 import dataclasses
+import itertools
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
-import numpy as np
 from flax import nnx
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
@@ -112,10 +112,13 @@ def drawing_mesh(mesh: Mesh, *, tensor: int = 0) -> Mesh:
     tensor = tensor or ways
     if (sequence, tensor) == (1, ways):
         return mesh
-    if fsdp * sequence * ways % tensor:
+    shared = fsdp * sequence * ways
+    if shared % tensor:
+        below = max(size for size in range(1, tensor) if shared % size == 0)
         raise ValueError(
-            f"mesh.drawing_tensor is {tensor}; it must divide the {fsdp * sequence * ways} devices"
-            f" of mesh.fsdp={fsdp} times mesh.sequence={sequence} times mesh.tensor={ways}"
+            f"mesh.drawing_tensor is {tensor}; it must divide the {shared} devices of"
+            f" mesh.fsdp={fsdp} times mesh.sequence={sequence} times mesh.tensor={ways}, as {below}"
+            " does"
         )
     devices = mesh.devices.reshape(data, -1, 1, tensor)
     return Mesh(devices, MESH_AXES, axis_types=AXIS_TYPES)
@@ -141,12 +144,13 @@ def make_mesh(
             f"mesh sizes {dict(zip(MESH_AXES, sizes, strict=True))}: one may be -1, others ≥ 1"
         )
     if -1 in sizes:
-        known = int(np.prod([size for size in sizes if size != -1]))
+        known = math.prod(size for size in sizes if size != -1)
         sizes[sizes.index(-1)] = max(1, len(devices) // known)
-    if int(np.prod(sizes)) != len(devices):
+    if math.prod(sizes) != len(devices):
         found = dict(zip(MESH_AXES, sizes, strict=True))
+        near = _nearest(sizes, len(devices), lambda other: True)
         raise ValueError(
-            f"a mesh of {found} needs {int(np.prod(sizes))} devices; there are {len(devices)}"
+            f"a mesh of {found} needs {math.prod(sizes)} devices; there are {len(devices)}{near}"
         )
     return jax.make_mesh(tuple(sizes), MESH_AXES, axis_types=AXIS_TYPES, devices=devices)
 
@@ -159,26 +163,57 @@ def parameter_shardings(state: nnx.State, mesh: Mesh) -> nnx.State:
     Raises:
         ValueError: some parameters cannot be split evenly over their mesh axes (all are named).
     """
-    uneven = []
+    uneven, all_of_them = [], []
 
     def one(path: tuple, variable: nnx.Variable) -> nnx.Variable:
         axes = variable.get_metadata("logical_axes")
         shape = variable.get_value().shape
         layout = NamedSharding(mesh, spec(("layers",) * (len(shape) - len(axes)) + tuple(axes)))
-        try:
-            layout.shard_shape(shape)
-        except ValueError:
+        all_of_them.append((shape, layout.spec))
+        if not _even(mesh.shape, shape, layout.spec):
             uneven.append(f"{jax.tree_util.keystr(path)} {list(shape)} as {layout.spec}")
         return variable.replace(layout)
 
     is_variable = lambda x: isinstance(x, nnx.Variable)  # noqa: E731
     result = jax.tree_util.tree_map_with_path(one, state, is_leaf=is_variable)
     if uneven:
+        fits = lambda sizes: all(_even(sizes, *one) for one in all_of_them)  # noqa: E731
+        near = _nearest([mesh.shape[axis] for axis in MESH_AXES], mesh.size, fits)
         raise ValueError(
             f"a mesh of {dict(mesh.shape)} does not divide {len(uneven)} parameters evenly:"
-            f" {'; '.join(uneven)}. Choose mesh sizes that divide them"
+            f" {'; '.join(uneven)}{near}"
         )
     return result
+
+
+def _even(sizes: Mapping[str, int], shape: Sequence[int], where: PartitionSpec) -> bool:
+    """Whether a mesh of some sizes shares an array out evenly."""
+    ways = (math.prod(sizes[axis] for axis in _tuple(axes)) for axes in where)
+    return not any(size % way for size, way in zip(shape, ways, strict=False))
+
+
+def _tuple(axes: Any) -> tuple[str, ...]:
+    """Return the mesh axes of an array's axis: PartitionSpec has None or a name, too."""
+    return (axes,) if isinstance(axes, str) else axes or ()
+
+
+def _nearest(wanted: Sequence[int], devices: int, fits: Callable[[Mapping[str, int]], bool]) -> str:
+    """Say which mesh of so many devices fits, of those nearest to the one that was wanted."""
+    divisors = [size for size in range(1, devices + 1) if devices % size == 0]
+    found = [
+        dict(zip(MESH_AXES, sizes, strict=True))
+        for sizes in itertools.product(divisors, repeat=len(MESH_AXES))
+        if math.prod(sizes) == devices
+    ]
+
+    def far(sizes: Mapping[str, int]) -> tuple[float, int]:
+        ratios = (size / want for size, want in zip(sizes.values(), wanted, strict=True))
+        return sum(abs(math.log(ratio)) for ratio in ratios), sizes["sequence"]
+
+    near = min(filter(fits, found), key=far, default=None)
+    if near is None:
+        return f"; no mesh of {devices} devices fits"
+    return "; the nearest that fits has " + ", ".join(f"mesh.{a}={n}" for a, n in near.items())
 
 
 def drawing_shardings(state: nnx.State, mesh: Mesh) -> nnx.State:

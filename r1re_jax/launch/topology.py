@@ -17,10 +17,12 @@ class Chip:
 
     Attributes:
         hbm_gib: memory that its maker states.
-        usable_gib: what the compiler lets a program have on a device; v4 shows two devices a chip.
+        usable_gib: what the compiler lets a program have on a device; v4 and tpu7x show two devices
+            a chip.
         clock: cycles a second of a device: what makes its peak of the cycles of a large product.
         links: bytes a second that can arrive at a chip over all its links.
         examples: topologies that exist, smallest first.
+        devices: how many a chip is where programs run: what `PEAKS` counts by.
     """
 
     hbm_gib: float
@@ -28,9 +30,10 @@ class Chip:
     clock: float
     links: float
     examples: tuple[str, ...]
+    devices: int = 1
 
 
-# Google Cloud documentation, "HBM capacity per chip" at cloud.google.com/tpu/docs/{v4,v5e,v5p,v6e};
+# Google Cloud documentation, "HBM capacity per chip" at cloud.google.com/tpu/docs/NAME;
 # "Interchip Interconnect BW per chip" there, in bytes; usable: what libtpu 0.0.42.1 says
 # is available where a program is refused.
 CHIPS = {
@@ -38,6 +41,14 @@ CHIPS = {
     "v5e": Chip(16, 15.75, 1.5e9, 200e9, ("v5e:2x2", "v5e:2x4", "v5e:4x4", "v5e:4x8", "v5e:8x8")),
     "v5p": Chip(95, 95.74, 1.75e9, 600e9, ("v5p:2x2x1", "v5p:2x2x2", "v5p:2x2x4", "v5p:4x4x4")),
     "v6e": Chip(32, 31.25, 1.75e9, 448e9, ("v6e:2x2", "v6e:2x4", "v6e:4x4", "v6e:4x8", "v6e:8x8")),
+    "tpu7x": Chip(
+        192,
+        94.75,
+        2.2e9,
+        600e9,
+        ("tpu7x:2x2x1", "tpu7x:2x2x2", "tpu7x:2x2x4", "tpu7x:4x4x4"),
+        devices=2,
+    ),
 }
 
 
@@ -63,13 +74,14 @@ class Slice:
 
     @property
     def rates(self) -> Rates:
-        """What one device does in a second: a chip's share, where it shows two."""
-        peak, share = peak_of(self.devices[0].device_kind), self.chips / len(self.devices)
+        """What one device does in a second: a chip's share, where the compiler shows two."""
+        peak, of_chip = peak_of(self.devices[0].device_kind), self.chips / len(self.devices)
+        share = of_chip * self.chip.devices
         return Rates(
             clock=self.chip.clock,
             flops=peak.flops["bfloat16"] * share,
             bandwidth=peak.bandwidth * share,
-            links=self.chip.links * share,
+            links=self.chip.links * of_chip,
         )
 
 

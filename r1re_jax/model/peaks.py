@@ -6,7 +6,7 @@ from collections.abc import Mapping
 
 @dataclasses.dataclass(frozen=True)
 class Peak:
-    """What a maker states of one device, as JAX counts devices (of these TPUs, a chip is one).
+    """What a maker states of one device, as JAX counts devices (a chip, or half of a TPU7x).
 
     Attributes:
         flops: dtype that the forward computes in -> FLOP/s of dense matrix products.
@@ -29,9 +29,10 @@ def _gpu(bfloat16: float, bandwidth: float) -> Peak:
 
 
 # Google Cloud documentation, "Peak compute per chip (bf16)" and "HBM bandwidth per chip" at
-# cloud.google.com/tpu/docs/{v4,v5e,v5p,v6e}.
+# cloud.google.com/tpu/docs/{v4,v5e,v5p,v6e,tpu7x}.
 _V4, _V5E = _tpu(275e12, 1.2e12), _tpu(197e12, 819e9)
 _V5P, _V6E = _tpu(459e12, 2.765e12), _tpu(918e12, 1.638e12)
+_V7X = _tpu(2307e12 / 2, 7.38e12 / 2)
 # NVIDIA's data sheets of the A100, H100 and H200; without sparsity, which theirs count as twice as
 # much.
 _A100_40, _A100_80 = _gpu(312e12, 1.555e12), _gpu(312e12, 2.039e12)
@@ -46,6 +47,7 @@ PEAKS: dict[str, Peak] = {
     "TPU v5p": _V5P,
     "TPU v6 lite": _V6E,
     "TPU v6e": _V6E,
+    "TPU7x": _V7X,
     "NVIDIA A100-SXM4-40GB": _A100_40,
     "NVIDIA A100-PCIE-40GB": _A100_40,
     "NVIDIA A100-SXM4-80GB": _A100_80,

@@ -6,6 +6,7 @@ import os
 import pathlib
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -150,6 +151,23 @@ def test_what_is_too_big_says_what_would_make_it_smaller() -> None:
     assert "decode_512x3072 needs more of a device" in said and "limits.completion" in said
     error = {"program": None, "gib": 20.0, "says": "no"}
     assert "mesh.fsdp" in advice(summary([], where, devices=4, refused=error), where)
+
+
+@pytest.mark.parametrize(
+    ("generation", "kind", "devices", "flops", "links"),
+    [
+        ("v5p", "TPU v5", 4, 459e12, 600e9),
+        ("v4", "TPU v4", 8, 275e12 / 2, 150e9),
+        ("tpu7x", "TPU7x", 8, 2307e12 / 2, 300e9),
+    ],
+)
+def test_rates_are_of_a_device(
+    generation: str, kind: str, devices: int, flops: float, links: float
+) -> None:
+    """Four chips, of which the compiler shows one or two devices each."""
+    shown = [SimpleNamespace(device_kind=kind)] * devices
+    rates = Slice(generation, shown, 4, CHIPS[generation]).rates
+    assert (rates.flops, rates.links) == (flops, links)
 
 
 def test_a_slice_that_does_not_exist_is_refused() -> None:

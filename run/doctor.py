@@ -13,6 +13,7 @@ from rich.console import Console
 
 from r1re_jax.files import place
 from r1re_jax.launch.doctor import examine, report, table
+from r1re_jax.report.trackers import check_trackers
 from r1re_jax.train.workdir import write_json
 from run.programs import keep_programs
 from run.recipe import define_config, parse
@@ -29,7 +30,7 @@ def main(argv: list[str]) -> None:
         raise app.UsageError(f"unexpected arguments {argv[1:]}")
     logging.set_verbosity(logging.WARNING)
     results = []
-    for result in examine(CONFIG.value, WORKDIR.value):
+    for result in examine(CONFIG.value, WORKDIR.value, trackers=check_trackers):
         print(f"{result.name}: {result.status}", file=sys.stderr)
         results.append(result)
     Console(width=None if sys.stdout.isatty() else 120).print(table(results))

@@ -37,7 +37,7 @@ from r1re_jax.train.data import (
 )
 from r1re_jax.train.grpo_settings import GRPOSettings
 from r1re_jax.train.parity import check_run
-from r1re_jax.train.settings import Phase, Settings, SFTSettings
+from r1re_jax.train.settings import LogSettings, Phase, Settings, SFTSettings
 from r1re_jax.train.start import Start, load_start, run_layout, run_mesh
 from r1re_jax.train.state import Layout, parameter_bytes
 from r1re_jax.train.workdir import WorkdirError, check_workdir, newest_step, versions
@@ -98,16 +98,20 @@ class Result:
 
 
 def examine(
-    config: Mapping[str, Any], workdir: str | os.PathLike | None = None
+    config: Mapping[str, Any],
+    workdir: str | os.PathLike | None = None,
+    *,
+    trackers: Callable[[LogSettings], None],
 ) -> Iterator[Result]:
     """Yield the result of every check, in order, as it ends.
 
     Args:
         config: as a recipe returns it.
         workdir: of the run; None leaves it unchecked.
+        trackers: refuses services that the run reports to and that are not installed.
     """
     values: dict[str, Any] = {}
-    for check in _checks(config, workdir):
+    for check in _checks(config, workdir, trackers):
         missing = [name for name in check.needs if name not in values]
         if missing:
             yield Result(check.name, Status.SKIPPED, {}, f"needs {', '.join(missing)}")
@@ -147,11 +151,16 @@ def _problem(error: Exception) -> str:
     return str(error) if known and str(error) else f"{type(error).__name__}: {error}"
 
 
-def _checks(config: Mapping[str, Any], workdir: str | os.PathLike | None) -> tuple[Check, ...]:
+def _checks(
+    config: Mapping[str, Any],
+    workdir: str | os.PathLike | None,
+    trackers: Callable[[LogSettings], None],
+) -> tuple[Check, ...]:
     """Return all checks, each behind those that it needs."""
     return (
         Check("config", functools.partial(_config, config)),
         Check("versions", _versions),
+        Check("trackers", functools.partial(_trackers, trackers), ("config",)),
         Check("devices", _devices, ("config",)),
         Check("parameters", _parameters, ("config", "devices")),
         Check("memory", _memory, ("config", "devices", "parameters")),
@@ -168,6 +177,13 @@ def _config(config: Mapping[str, Any]) -> Finding:
     settings = read_settings(config)
     steps = ", ".join(f"{of.steps} {phase}" for phase, of in settings.phases.items())
     return Finding(settings, {"hash": configuration_hash(settings), "steps": steps})
+
+
+def _trackers(check: Callable[[LogSettings], None], settings: Settings) -> Finding:
+    log = settings.log
+    names = [name for name in ("tensorboard", "wandb", "trackio") if getattr(log, name)]
+    check(log)
+    return Finding(names, {"beside metrics.jsonl": ", ".join(names) or "none"})
 
 
 def _versions() -> Finding:

@@ -1,6 +1,7 @@
 """The doctor: what it finds in a sound run, and what a failed check does to the others."""
 
 import functools
+import importlib.util
 import json
 import pathlib
 from typing import Any
@@ -11,6 +12,7 @@ from rich.console import Console
 from r1re_jax import files
 from r1re_jax.launch import doctor
 from r1re_jax.launch.doctor import Result, Status, examine, report, table
+from r1re_jax.report.trackers import check_trackers
 from r1re_jax.rl.scoring import completion_logp
 from r1re_jax.train import parity as parity_module
 from r1re_jax.train.config import configuration_hash, read_settings
@@ -19,7 +21,7 @@ from tests.tiny import tiny_guide, tiny_policy, tiny_tokenizer
 from tests.train import world
 
 NAMES = (
-    *("config", "versions", "devices", "parameters", "memory", "batch"),
+    *("config", "versions", "trackers", "devices", "parameters", "memory", "batch"),
     *("data", "policy", "prompts", "workdir", "parity"),
 )
 # Eight simulated devices, four of which share the questions.
@@ -42,7 +44,7 @@ def _config(inputs: pathlib.Path, **changes: Any) -> dict[str, Any]:
 
 
 def _examine(config: dict[str, Any], workdir: pathlib.Path | None = None) -> dict[str, Result]:
-    results = {result.name: result for result in examine(config, workdir)}
+    results = {result.name: result for result in examine(config, workdir, trackers=check_trackers)}
     assert tuple(results) == NAMES
     return results
 
@@ -58,6 +60,18 @@ def _statuses(results: dict[str, Result]) -> dict[str, list[str]]:
 def sound(inputs: pathlib.Path) -> dict[str, Result]:
     """The results of a run that is all right."""
     return _examine(_config(inputs), inputs / "new" / "run")
+
+
+def test_a_service_that_is_not_installed_is_named(
+    inputs: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    quick = {"log": {"wandb": True}, "model__path": "absent", "data__train__path": "absent"}
+    found = _examine(_config(inputs, **quick))["trackers"]
+    assert found.status is Status.FAILED and "wandb is not installed here" in found.problem
+    monkeypatch.undo()
+    found = _examine(_config(inputs, **quick | {"log": {}}))["trackers"]
+    assert found.found == {"beside metrics.jsonl": "tensorboard"}
 
 
 def test_a_sound_run_passes(sound: dict[str, Result], inputs: pathlib.Path) -> None:

@@ -65,8 +65,8 @@ def train(
     with StopSignals() as signals, contextlib.closing(open_progress(sys.stderr)) as progress:
 
         def writers(resume_step: int) -> tuple[Writer, ...]:
-            if not hosts.is_first():
-                return ()
+            if not hosts.is_first():  # process 0 writes; each says in its own log that it works
+                return (progress,)
             numbers = JsonlWriter(workdir / "metrics.jsonl", resume_step=resume_step)
             shown = open_trackers(
                 settings.log, workdir, config=resolved(settings), resume_step=resume_step
@@ -81,7 +81,7 @@ def train(
         hooks = Hooks(
             poll=poll,
             writers=writers,
-            progress=progress if hosts.is_first() else None,
+            progress=progress,
             before_step=profiler.before_step,
         )
         try:

@@ -12,7 +12,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from r1re_jax import hosts
+from r1re_jax import files, hosts
+from r1re_jax.files import place
+from tests.fake_gcs import FakeGCS
 
 ROOT = pathlib.Path(__file__).parents[2]
 # Three steps with an evaluation, of a policy whose rewards differ, for eight devices.
@@ -20,7 +22,8 @@ CONFIG = """
 from configs import arguments, miniworld
 
 CHANGES = {
-    "sft.steps": 1, "sft.questions": 8, "grpo.steps": 2, "grpo.questions": 8,
+    "sft.steps": 1, "sft.trees": 1, "sft.questions": 8,
+    "grpo.steps": 2, "grpo.trees": 1, "grpo.questions": 8,
     "mesh.fsdp": 4, "mesh.sequence": 2, "mesh.drawing_tensor": 2,
     "evaluate.batch": 8, "evaluate.greedy": False, "log.completions": 1,
     "data.train.limits": {"guide": 320, "question": 64, "completion": 24},
@@ -36,7 +39,9 @@ def get_config():
 """
 
 
-def start(config: pathlib.Path, workdir: pathlib.Path, **environment: str) -> subprocess.Popen:
+def start(
+    config: pathlib.Path, workdir: pathlib.Path | str, **environment: str
+) -> subprocess.Popen:
     """Start the command in a process of its own."""
     kept = {name: value for name, value in os.environ.items() if not name.startswith("JAX_")}
     command = [sys.executable, "-m", "run.train", f"--config={config}", f"--workdir={workdir}"]
@@ -84,17 +89,20 @@ def config(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
 
 @pytest.fixture(scope="module")
 def runs(
-    config: pathlib.Path, tmp_path_factory: pytest.TempPathFactory
+    config: pathlib.Path, tmp_path_factory: pytest.TempPathFactory, gcs: FakeGCS
 ) -> Iterator[tuple[pathlib.Path, pathlib.Path]]:
-    """Train once in one process and once in two."""
+    """Train once in one process, and once in two that share a bucket."""
     folder, address = tmp_path_factory.mktemp("runs"), free_address()
     alone = start(config, folder / "one", **devices(8))
     said = alone.communicate(timeout=600)[0]
     assert alone.returncode == 0, said
-    both = [start(config, folder / "two", **two(address, number)) for number in (0, 1)]
+    gcs.buckets["hosts"] = {}
+    both = [start(config, "gs://hosts/two", **two(address, number)) for number in (0, 1)]
     said = [process.communicate(timeout=600)[0] for process in both]
     assert [process.returncode for process in both] == [0, 0], "\n".join(said)
-    yield folder / "one", folder / "two"
+    assert all("[grpo 3/3]" in lines for lines in said), "each tells in its own log that it works"
+    with files.fetched(place("gs://hosts/two")) as fetched:
+        yield folder / "one", fetched
 
 
 def lines(path: pathlib.Path) -> list[dict[str, Any]]:

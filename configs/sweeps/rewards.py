@@ -26,11 +26,8 @@ TOTALS = [
 
 
 def get_config(arg: str = "") -> ConfigDict:
-    """Return the recipe, with a section for the totals, which it leaves at their defaults."""
-    config = recipe(arg)
-    correct, wrong, malformed = TOTALS[0]
-    config.reward = ConfigDict(dict(correct=correct, wrong=wrong, malformed=malformed))
-    return config
+    """Return the recipe."""
+    return recipe(arg)
 
 
 def sweep(arg: str = "") -> dict:

@@ -150,7 +150,8 @@ def make_mesh(
         found = dict(zip(MESH_AXES, sizes, strict=True))
         near = _nearest(sizes, len(devices), lambda other: True)
         raise ValueError(
-            f"a mesh of {found} needs {math.prod(sizes)} devices; there are {len(devices)}{near}"
+            f"a mesh of {found} needs {math.prod(sizes)} devices; there are {len(devices)}, for"
+            f" which the nearest mesh is {near}"
         )
     return jax.make_mesh(tuple(sizes), MESH_AXES, axis_types=AXIS_TYPES, devices=devices)
 
@@ -181,7 +182,7 @@ def parameter_shardings(state: nnx.State, mesh: Mesh) -> nnx.State:
         near = _nearest([mesh.shape[axis] for axis in MESH_AXES], mesh.size, fits)
         raise ValueError(
             f"a mesh of {dict(mesh.shape)} does not divide {len(uneven)} parameters evenly:"
-            f" {'; '.join(uneven)}{near}"
+            f" {'; '.join(uneven)}. The nearest that does is {near}"
         )
     return result
 
@@ -198,7 +199,7 @@ def _tuple(axes: Any) -> tuple[str, ...]:
 
 
 def _nearest(wanted: Sequence[int], devices: int, fits: Callable[[Mapping[str, int]], bool]) -> str:
-    """Say which mesh of so many devices fits, of those nearest to the one that was wanted."""
+    """Return sizes of a mesh of so many devices that fits, the nearest to the wanted one."""
     divisors = [size for size in range(1, devices + 1) if devices % size == 0]
     found = [
         dict(zip(MESH_AXES, sizes, strict=True))
@@ -206,14 +207,15 @@ def _nearest(wanted: Sequence[int], devices: int, fits: Callable[[Mapping[str, i
         if math.prod(sizes) == devices
     ]
 
-    def far(sizes: Mapping[str, int]) -> tuple[float, int]:
+    def far(sizes: Mapping[str, int]) -> tuple[float, tuple[int, ...]]:
         ratios = (size / want for size, want in zip(sizes.values(), wanted, strict=True))
-        return sum(abs(math.log(ratio)) for ratio in ratios), sizes["sequence"]
+        least = sizes["sequence"], sizes["tensor"], sizes["data"]  # of those as near, plain ones
+        return sum(abs(math.log(ratio)) for ratio in ratios), least
 
     near = min(filter(fits, found), key=far, default=None)
     if near is None:
-        return f"; no mesh of {devices} devices fits"
-    return "; the nearest that fits has " + ", ".join(f"mesh.{a}={n}" for a, n in near.items())
+        return "none: take another number of devices"
+    return ", ".join(f"mesh.{axis}={size}" for axis, size in near.items())
 
 
 def drawing_shardings(state: nnx.State, mesh: Mesh) -> nnx.State:

@@ -18,14 +18,11 @@ class _Whole(flags.ArgumentParser):
     def parse(self, argument: str) -> ConfigDict:
         """Return the recipe of a file, every section there."""
         config = self._recipe.parse(argument)
-        for name in optional_sections():
-            *above, last = name.split(".")
-            section = config
-            for part in above:
-                section = section[part]
-            # What is no section is refused by `read_settings`, with a reason.
-            if isinstance(section, ConfigDict) and last not in section:
-                section[last] = ConfigDict()
+        # Others stay as they are: a frozen one, or what stands in for a file that failed.
+        if type(config) is ConfigDict:
+            with config.unlocked():
+                for name in optional_sections():
+                    _fill(config, name.split("."))
         return config
 
     def flag_type(self) -> str:
@@ -33,12 +30,23 @@ class _Whole(flags.ArgumentParser):
         return self._recipe.flag_type()
 
 
+def _fill(section: ConfigDict, names: Sequence[str]) -> None:
+    """Give a section the one of a name below it; what is no section is left to `read_settings`."""
+    for name in names:
+        if name not in section:
+            section[name] = ConfigDict()
+        section = section[name]
+        if not isinstance(section, ConfigDict):
+            return
+
+
 def define_config(
     values: flags.FlagValues = flags.FLAGS, argv: Sequence[str] | None = None
 ) -> flags.FlagHolder:
     """Define --config=FILE[:arg] and --config.key=value; the flag must be given.
 
-    Keys and sections that the recipe leaves out can be set too. What no setting reads is refused
+    Keys that the recipe leaves out can be set too, and sections that need not be there
+    (`optional_sections`). What no setting reads is refused
     by `r1re_jax.train.config.read_settings`, with the nearest match.
 
     Args:

@@ -96,3 +96,28 @@ def test_doctor_prints_and_writes_what_it_found(tmp_path: pathlib.Path) -> None:
     assert "Traceback" not in process.stderr
     found = json.loads((tmp_path / "found.json").read_text())
     assert not found["ok"] and found["checks"][0]["status"] == "failed"
+
+
+@pytest.mark.parametrize(
+    ("body", "returncode", "said"),
+    [
+        (None, 1, "nofile"),
+        ("config.lock()\n    return config", 0, ""),
+        ("return FrozenConfigDict(config)", 0, ""),
+        ("return None", 1, "None"),
+    ],
+)
+def test_recipes_of_any_kind_are_read_or_refused_in_a_line(
+    body: str | None, returncode: int, said: str, tmp_path: pathlib.Path
+) -> None:
+    write_inputs(tmp_path)
+    path = tmp_path / ("nofile.py" if body is None else "recipe.py")
+    if body is not None:
+        path.write_text(
+            "from ml_collections import ConfigDict, FrozenConfigDict\n\n\ndef get_config():\n"
+            f"    config = ConfigDict({config(tmp_path)!r})\n    {body}\n"
+        )
+    process = show(f"--config={path}")
+    assert process.returncode == returncode, process.stderr
+    assert said in process.stderr
+    assert "Traceback" not in process.stderr

@@ -207,7 +207,10 @@ def summary(
     fits = None
     if where is not None:
         fits = refused is None and peak <= where.chip.usable_gib
-    known = {} if where is None else {"chips": where.chips, "hbm_gib_per_chip": where.chip.hbm_gib}
+    known: dict[str, Any] = {}
+    if where is not None:  # a device's share, as all that stands beside it
+        share = where.chip.hbm_gib * where.chips / (len(where.devices) or where.chips)
+        known = {"chips": where.chips, "hbm_gib_per_chip": int(share)}
     return {
         "fits": fits,
         "devices": devices,

@@ -237,7 +237,13 @@ def key_bytes(config: ModelConfig, *, itemsize: int) -> int:
 
 
 def decode_bytes(
-    config: ModelConfig, lengths: Lengths, *, weights: int, itemsize: int, copies: int = 1
+    config: ModelConfig,
+    lengths: Lengths,
+    *,
+    weights: int,
+    itemsize: int,
+    own_itemsize: int = 0,
+    copies: int = 1,
 ) -> int:
     """Return the bytes that must be read while these completions are decoded side by side.
 
@@ -250,12 +256,12 @@ def decode_bytes(
         lengths: of what is drawn in one go.
         weights: bytes that all devices together read of the weights at every token.
         itemsize: bytes of an element of the keys.
+        own_itemsize: of those of the completions, where it is another; 0 for the same.
         copies: devices, or groups of them, that share the questions: each reads the guides.
     """
     fed = np.maximum(lengths.completion - 1, 0)
-    keys = (
-        copies * int((fed.max(axis=(1, 2), initial=0) * lengths.guide).sum())
-        + int((fed.max(axis=2, initial=0) * lengths.question).sum())
-        + level_load(fed).pairs
-    )
-    return int(fed.max(initial=0)) * weights + keys * key_bytes(config, itemsize=itemsize)
+    above = copies * int((fed.max(axis=(1, 2), initial=0) * lengths.guide).sum())
+    above += int((fed.max(axis=2, initial=0) * lengths.question).sum())
+    own = level_load(fed).pairs * key_bytes(config, itemsize=own_itemsize or itemsize)
+    keys = above * key_bytes(config, itemsize=itemsize) + own
+    return int(fed.max(initial=0)) * weights + keys

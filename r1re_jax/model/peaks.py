@@ -28,8 +28,8 @@ def _gpu(bfloat16: float, bandwidth: float) -> Peak:
     return Peak({**half, "float32": bfloat16 / 2}, bandwidth)
 
 
-# Google Cloud documentation, "Peak compute per chip (bf16)" and "HBM bandwidth per chip" at
-# cloud.google.com/tpu/docs/{v4,v5e,v5p,v6e,tpu7x}.
+# Google Cloud documentation, "Peak compute per chip (bf16)" and "HBM bandwidth per chip", of tpu7x
+# half of them, at cloud.google.com/tpu/docs/{v4,v5e,v5p,v6e,tpu7x}.
 _V4, _V5E = _tpu(275e12, 1.2e12), _tpu(197e12, 819e9)
 _V5P, _V6E = _tpu(459e12, 2.765e12), _tpu(918e12, 1.638e12)
 _V7X = _tpu(2307e12 / 2, 7.38e12 / 2)

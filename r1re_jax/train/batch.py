@@ -161,9 +161,10 @@ def check_batches(settings: Settings, *, mesh: Mesh) -> None:
         check_mesh(settings.grpo.trees, settings.grpo.questions, 0, mesh=drawing, phase="grpo")
     ways, limit = mesh.shape["sequence"], settings.training_limits.completion
     if limit % ways:
+        key = "limits" if settings.data.train.limits is None else "data.train.limits"
         raise ValueError(
-            f"mesh.sequence: {ways} devices share the positions of a completion, which"
-            f" limits.completion={limit} does not divide evenly; the next that does is"
+            f"mesh.sequence: {ways} devices share the positions of a completion, and"
+            f" {key}.completion={limit} cannot be parted evenly; the next that can is"
             f" {-(-limit // ways) * ways}"
         )
     for phase, of in settings.phases.items():

@@ -28,6 +28,7 @@ class Meter:
         adapter: elements of all matrices of adapters; 0 where all parameters are trained.
         weights: bytes of the sampler's weights that all devices together read at every token.
         itemsize: bytes of an element of its keys.
+        own_itemsize: of those of completions.
         copies: devices, or groups of them, that share the questions drawn.
         flops: FLOP/s of all devices together at best; None where that is not known.
         bandwidth: bytes/s of all devices' memory together at best; None likewise.
@@ -37,6 +38,7 @@ class Meter:
     adapter: int
     weights: int
     itemsize: int
+    own_itemsize: int
     copies: int
     flops: float | None
     bandwidth: float | None
@@ -80,6 +82,7 @@ class Meter:
             lengths,
             weights=self.weights,
             itemsize=self.itemsize,
+            own_itemsize=self.own_itemsize,
             copies=self.copies,
         )
 
@@ -98,13 +101,15 @@ def make_meter(layout: Layout, *, sampler: Layout | None = None) -> Meter:
     """
     sampler, devices = sampler or layout, layout.mesh.devices
     model, drawing = _abstract(layout), _abstract(sampler)
+    itemsize = jnp.dtype(drawing.dtype).itemsize
     peak = peak_of(devices.flat[0].device_kind)
     flops = None if peak is None else peak.flops.get(model.dtype.name)
     return Meter(
         config=model.config,
         adapter=sum(shape.size for name, shape in layout.shapes.items() if is_adapter(name)),
         weights=_read(sampler, tied=model.config.tied) * devices.size,
-        itemsize=1 if drawing.cache is Quantisation.INT8 else jnp.dtype(drawing.dtype).itemsize,
+        itemsize=itemsize,
+        own_itemsize=1 if drawing.cache is Quantisation.INT8 else itemsize,
         copies=sharding.question_ways(sampler.mesh),
         flops=None if flops is None else flops * devices.size,
         bandwidth=None if peak is None else peak.bandwidth * devices.size,

@@ -50,7 +50,7 @@ class ModelSettings:
             of it, which need `tokenizer`.
         dtype: what the forward computes in; parameters are float32 whatever it is.
         remat: what the backward pass computes again.
-        attention: what computes attention, see `r1re_jax.model.attention.Attention`.
+        attention: what computes attention, see `r1re_jax.model.spread.Attention`.
         parity_tokens: most completion tokens on which sampler and trainer are compared before the
             first step, see `r1re_jax.train.parity`; 0 switches that off.
     """

@@ -109,9 +109,9 @@ def test_counts_are_those_of_loops(config: ModelConfig, lengths: Lengths) -> Non
 
 
 @settings(max_examples=25, deadline=None)
-@given(shapes, forests(), st.integers(1, 4))
+@given(shapes, forests(), st.integers(1, 4), st.integers(1, 2))
 def test_bytes_are_those_of_decoding_token_by_token(
-    config: ModelConfig, lengths: Lengths, copies: int
+    config: ModelConfig, lengths: Lengths, copies: int, own: int
 ) -> None:
     weights = 1 + config.vocab
     key, total = 2 * config.layers * config.kv_heads * config.head_size, 0
@@ -119,14 +119,14 @@ def test_bytes_are_those_of_decoding_token_by_token(
         runs_NPG = lengths.completion > step
         if not runs_NPG.any():
             break
-        total += weights
+        total += 2 * weights
         for tree, guide in enumerate(lengths.guide.tolist()):
-            total += copies * key * guide * bool(runs_NPG[tree].any())
+            total += 2 * copies * key * guide * bool(runs_NPG[tree].any())
             for question, tokens in enumerate(lengths.question[tree].tolist()):
-                total += key * tokens * bool(runs_NPG[tree, question].any())
-                total += key * step * int(runs_NPG[tree, question].sum())
-    read = {"weights": 2 * weights, "itemsize": 2, "copies": copies}
-    assert decode_bytes(config, lengths, **read) == 2 * total
+                total += 2 * key * tokens * bool(runs_NPG[tree, question].any())
+                total += own * key * step * int(runs_NPG[tree, question].sum())
+    read = {"weights": 2 * weights, "itemsize": 2, "own_itemsize": own, "copies": copies}
+    assert decode_bytes(config, lengths, **read) == total
 
 
 def products(jaxpr: Any) -> int:

@@ -91,8 +91,12 @@ def test_mesh_takes_the_devices_that_are_left() -> None:
 @pytest.mark.parametrize(
     ("sizes", "message"),
     [
-        (dict(data=3), "needs 6 devices; there are 8; the nearest that fits has mesh.data=4, mesh"),
-        (dict(fsdp=3, tensor=2), "nearest that fits has mesh.data=1, mesh.fsdp=4, mesh.sequence=1"),
+        (dict(data=3), "needs 6 .* are 8, for which the nearest mesh is mesh.data=4, mesh.fsdp=1"),
+        (
+            dict(fsdp=3, tensor=2),
+            "nearest mesh is mesh.data=1, mesh.fsdp=4, mesh.sequence=1, mesh.tensor=2",
+        ),
+        (dict(fsdp=1), "nearest mesh is mesh.data=8, mesh.fsdp=1, mesh.sequence=1, mesh.tensor=1"),
         (dict(data=16), "needs 16 devices; there are 8"),
         (dict(data=2, fsdp=2), "needs 4 devices; there are 8"),
         (dict(data=-1), "one may be -1"),
@@ -172,13 +176,13 @@ def test_uneven_splits_are_all_named() -> None:
     ) as error:
         sharding.parameter_shardings(nnx.state(abstract_qwen(config)), mesh)
     assert "query" not in str(error.value)
-    near = "the nearest that fits has mesh.data=1, mesh.fsdp=8, mesh.sequence=1, mesh.tensor=1"
+    near = "The nearest that does is mesh.data=1, mesh.fsdp=8, mesh.sequence=1, mesh.tensor=1"
     assert str(error.value).endswith(near), "61 and 25 have no divisors among those of 8"
     sizes = dict(re.findall(r"mesh\.(\w+)=(\d+)", near))
     works = sharding.make_mesh(**{axis: int(size) for axis, size in sizes.items()})
     sharding.parameter_shardings(nnx.state(abstract_qwen(config)), works)
     odd = ModelConfig(**{**vars(config), "width": 15})
-    with pytest.raises(ValueError, match="the nearest that fits has mesh.data=8, mesh.fsdp=1"):
+    with pytest.raises(ValueError, match="The nearest that does is mesh.data=8, mesh.fsdp=1"):
         sharding.parameter_shardings(nnx.state(abstract_qwen(odd)), mesh)
 
 

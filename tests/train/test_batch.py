@@ -97,7 +97,12 @@ def test_completions_must_suit_the_devices_that_share_their_positions(
     check_batches(settings(inputs, mesh={"fsdp": 1, "sequence": 2}), mesh=mesh)
     sizes = {"guide": 400, "question": 48, "completion": 55}
     odd = settings(inputs, mesh={"fsdp": 1, "sequence": 2}, limits=sizes)
-    with pytest.raises(ValueError, match=r"completion=55 does not .* the next that does is 56"):
+    with pytest.raises(
+        ValueError, match=r" limits.completion=55 cannot .* the next that can is 56"
+    ):
+        check_batches(odd, mesh=mesh)
+    odd = settings(inputs, mesh={"fsdp": 1, "sequence": 2}, data__train__limits=sizes)
+    with pytest.raises(ValueError, match=r" data.train.limits.completion=55 cannot"):
         check_batches(odd, mesh=mesh)
 
 

@@ -81,7 +81,8 @@ def test_int8_is_read_as_bytes() -> None:
     layout = model_layout(model, mesh_of(1, 1, 1))
     whole = make_meter(layout, sampler=drawing_layout(model, layout.mesh))
     small = make_meter(layout, sampler=drawing_layout(quantise(model, **both), layout.mesh))
-    assert (whole.itemsize, small.itemsize) == (2, 1)
+    assert (whole.itemsize, whole.own_itemsize) == (2, 2)
+    assert (small.itemsize, small.own_itemsize) == (2, 1), "guides' and questions' keys stay wide"
     assert 0.5 < small.weights / whole.weights < 0.8, "matrices halve; norms do not"
 
 

@@ -41,8 +41,9 @@ def completion_logp(
         tree: token ids and true lengths; padding may hold any id. A question has a token
             at least.
         temperature: logits are divided by it: score under the distribution that was sampled from.
-        chunk: completion positions (of every row) whose logits exist at a time. Their whole,
-            [N, P, G, C, V], never exists, in the backward pass neither.
+        chunk: completion positions (of every row) whose logits exist at a time, one of each device
+            at least where devices share positions. Their whole, [N, P, G, C, V], never exists, in
+            the backward pass neither.
 
     Returns:
         Scores in fp32.

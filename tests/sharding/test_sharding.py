@@ -91,12 +91,12 @@ def test_mesh_takes_the_devices_that_are_left() -> None:
 @pytest.mark.parametrize(
     ("sizes", "message"),
     [
-        (dict(data=3), "needs 6 .* are 8, for which the nearest mesh is mesh.data=4, mesh.fsdp=1"),
+        (dict(data=3), "needs 6 .* are 8, for which the nearest mesh is mesh.data=4, mesh.fsdp=2"),
         (
             dict(fsdp=3, tensor=2),
             "nearest mesh is mesh.data=1, mesh.fsdp=4, mesh.sequence=1, mesh.tensor=2",
         ),
-        (dict(fsdp=1), "nearest mesh is mesh.data=8, mesh.fsdp=1, mesh.sequence=1, mesh.tensor=1"),
+        (dict(fsdp=1), "nearest mesh is mesh.data=1, mesh.fsdp=8, mesh.sequence=1, mesh.tensor=1"),
         (dict(data=16), "needs 16 devices; there are 8"),
         (dict(data=2, fsdp=2), "needs 4 devices; there are 8"),
         (dict(data=-1), "one may be -1"),

@@ -15,7 +15,7 @@ hardware:  by SLICE: v5e-16 (topology v5e:4x4, the default), v5p-8 (v5p:2x2x1), 
 memory:    GiB a chip as compiled (docs/tpu.md): v5e-16 13.3 of 16, with a first moment in bfloat16
            and micro-batches of one completion of 16 questions; v6e-8 27.4 of 32; v5p-8 70.8 of 95;
            14b 69.3 of 95; 32b 34.5 of 95
-time:      a step at most, predicted: v5e-16 126 s, v6e-8 104 s, v5p-8 157 s, 14b 206 s, 32b 64 s
+time:      a step at most, predicted: v5e-16 126 s, v6e-8 104 s, v5p-8 158 s, 14b 206 s, 32b 64 s
 score:     not run: no slice was at hand
 """
 

@@ -183,7 +183,6 @@ def check_mesh(trees: int, questions: int, micro_batch: int, *, mesh: Mesh, phas
     if wide % ways:
         raise ValueError(
             f"{phase}: {wide} questions of a tree are computed at a time, by {ways} devices"
-            f" (mesh.data times mesh.fsdp, in drawing with mesh.sequence and mesh.drawing_tensor);"
-            f" make the"
-            f" batch in {phase} a multiple of {ways}"
+            " (mesh.data times mesh.fsdp, in drawing with mesh.sequence and mesh.drawing_tensor);"
+            f" make the batch in {phase} a multiple of {ways}"
         )

@@ -209,8 +209,8 @@ def summary(
         fits = refused is None and peak <= where.chip.usable_gib
     known: dict[str, Any] = {}
     if where is not None:  # a device's share, as all that stands beside it
-        share = where.chip.hbm_gib * where.chips / (len(where.devices) or where.chips)
-        known = {"chips": where.chips, "hbm_gib_per_chip": int(share)}
+        hbm = int(where.chip.hbm_gib * where.share)
+        known = {"chips": where.chips, "hbm_gib_per_chip": hbm}
     return {
         "fits": fits,
         "devices": devices,

@@ -73,15 +73,20 @@ class Slice:
     chip: Chip
 
     @property
+    def share(self) -> float:
+        """How much of a chip a device is."""
+        return self.chips / len(self.devices)
+
+    @property
     def rates(self) -> Rates:
         """What one device does in a second: a chip's share, where the compiler shows two."""
-        peak, of_chip = peak_of(self.devices[0].device_kind), self.chips / len(self.devices)
-        share = of_chip * self.chip.devices
+        peak = peak_of(self.devices[0].device_kind)
+        share = self.share * self.chip.devices
         return Rates(
             clock=self.chip.clock,
             flops=peak.flops["bfloat16"] * share,
             bandwidth=peak.bandwidth * share,
-            links=self.chip.links * of_chip,
+            links=self.chip.links * self.share,
         )
 
 

@@ -113,10 +113,13 @@ def _report(peak: float, beside: float = 0.0) -> Report:
 
 
 def test_what_is_alive_beside_a_program_counts() -> None:
-    where = Slice("v5e:2x2", (), 4, CHIPS["v5e"])
+    where = Slice("v5e:2x2", (None,) * 4, 4, CHIPS["v5e"])
     fits = summary([_report(4), _report(10, 5)], where, devices=4)
     assert (fits["fits"], fits["peak_gib_per_chip"], fits["chips"]) == (True, 15, 4)
     assert fits["programs"][1]["resident_gib"] == 5
+    halves = Slice("tpu7x:2x2x1", (None,) * 8, 4, CHIPS["tpu7x"])
+    found = summary([_report(90)], halves, devices=8)
+    assert (found["fits"], found["hbm_gib_per_chip"]) == (True, 96), "of a device, as its peak is"
     assert fits["programs"][0]["collectives"] == {
         "all-gather": {"count": 2, "gib": 1, "largest_bytes": 64}
     }
@@ -126,7 +129,7 @@ def test_what_is_alive_beside_a_program_counts() -> None:
 
 
 def test_a_refusal_names_what_would_be_needed() -> None:
-    where = Slice("v5e:2x2", (), 4, CHIPS["v5e"])
+    where = Slice("v5e:2x2", (None,) * 4, 4, CHIPS["v5e"])
     says = "RESOURCE_EXHAUSTED: Ran out of memory in memory space hbm. Used 27.11G of 15.75G hbm."
     found = refused(RuntimeError(says))
     assert found == {"program": None, "gib": 27.11, "says": says}
@@ -142,7 +145,7 @@ def test_a_refusal_names_what_would_be_needed() -> None:
 
 
 def test_what_is_too_big_says_what_would_make_it_smaller() -> None:
-    where = Slice("v5e:2x2", (), 4, CHIPS["v5e"])
+    where = Slice("v5e:2x2", (None,) * 4, 4, CHIPS["v5e"])
     said = advice(summary([_report(4), _report(10, 6)], where, devices=4), where)
     assert "update needs 16.00 GiB of a device, which has 15.75 GiB" in said
     assert "half of micro_batch or micro_group" in said

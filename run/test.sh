@@ -31,7 +31,12 @@ for argument in "$@"; do
     arguments+=("$argument")
   fi
 done
-[ ${#arguments[@]} -eq 0 ] || options+=(--cov-fail-under=0)
+if [ ${#arguments[@]} -eq 0 ]; then
+  # A file's tests stay together, for what they share; more processes than that want much memory.
+  options+=(--numprocesses=auto --maxprocesses=4 --dist=loadfile --no-loadscope-reorder)
+else
+  options+=(--cov-fail-under=0)
+fi
 
 failed=""
 check() {

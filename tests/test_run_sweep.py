@@ -12,6 +12,7 @@ from collections.abc import Callable
 
 import pytest
 
+from tests.simulated import xla_flags
 from tests.train.world import config, write_inputs
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
@@ -31,7 +32,7 @@ def sweep(
     return subprocess.run(
         command(file, folder, *more),
         cwd=ROOT,
-        env=os.environ | {"XLA_FLAGS": ""},
+        env=os.environ | {"XLA_FLAGS": xla_flags(1)},
         capture_output=True,
         text=True,
         timeout=600,
@@ -140,7 +141,7 @@ def test_a_signal_reaches_members_and_the_printed_command_goes_on(tmp_path: path
     process = subprocess.Popen(
         command(file, tmp_path / "W", *more),
         cwd=ROOT,
-        env=os.environ | {"XLA_FLAGS": ""},
+        env=os.environ | {"XLA_FLAGS": xla_flags(1)},
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
@@ -177,7 +178,7 @@ def _kill_after(folder: pathlib.Path, steps: int) -> None:
         process = subprocess.Popen(
             command("configs/sweeps/smoke.py", folder, "--jobs=2"),
             cwd=ROOT,
-            env=os.environ | {"XLA_FLAGS": ""},
+            env=os.environ | {"XLA_FLAGS": xla_flags(1)},
             stdout=log,
             stderr=log,
             start_new_session=True,

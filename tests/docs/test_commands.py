@@ -14,6 +14,7 @@ import sys
 import pytest
 
 from tests.docs.pages import MARKS, PAGES, ROOT, Block, blocks, stray_commands
+from tests.simulated import xla_flags
 
 LIBTPU = ROOT / ".cache" / "tpu"
 OWN_DATA = "docs/own_data.md"
@@ -96,10 +97,12 @@ def checkout(tmp_path: pathlib.Path) -> pathlib.Path:
     return copy
 
 
-def environment(checkout: pathlib.Path, cache: pathlib.Path) -> dict[str, str]:
+def environment(page: str, checkout: pathlib.Path, cache: pathlib.Path) -> dict[str, str]:
     # As a user has it: one device, and nothing said of the hub, which no short run asks.
     ours = ("XLA_FLAGS", "HF_HUB_OFFLINE", "HF_TOKEN")
     kept = {name: value for name, value in os.environ.items() if name not in ours}
+    if page != "README.md":  # its programs are optimised ones, as users get them
+        kept["XLA_FLAGS"] = xla_flags(1)
     path = f"{checkout / '.fakes'}:{checkout / '.venv' / 'bin'}:{os.environ['PATH']}"
     return kept | {"PATH": path, "PYTHONPATH": str(checkout), "R1RE_CACHE": str(cache)}
 
@@ -147,7 +150,7 @@ def run_block(
 def test_every_command_of_a_page_works(
     page: str, checkout: pathlib.Path, cache: pathlib.Path
 ) -> None:
-    env = environment(checkout, cache)
+    env = environment(page, checkout, cache)
     shared = pathlib.Path(os.environ.get("R1RE_SHARED", ROOT.parent / "shared")) / "data"
     if page != OWN_DATA:
         write_files(OWN_DATA, checkout)

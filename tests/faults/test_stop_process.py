@@ -10,13 +10,14 @@ import subprocess
 import sys
 import time
 
+from tests.simulated import xla_flags
 from tests.train import world
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 
 
 def _start(command: list[str]) -> subprocess.Popen:
-    environment = os.environ | {"XLA_FLAGS": ""}
+    environment = os.environ | {"XLA_FLAGS": xla_flags(1)}
     return subprocess.Popen(
         command,
         cwd=ROOT,

@@ -26,6 +26,7 @@ from r1re_jax.launch.needs import (
 )
 from r1re_jax.launch.program import Text
 from r1re_jax.launch.topology import CHIPS, GIB, Slice, TopologyError, tpu_slice
+from tests.simulated import xla_flags
 from tests.train import world
 
 ROOT = pathlib.Path(__file__).parents[2]
@@ -188,7 +189,7 @@ def test_the_command_compiles_for_what_is_here(tmp_path: pathlib.Path) -> None:
     out = tmp_path / "programs.json"
     command = [sys.executable, "-m", "run.compile", "--config=configs/miniworld.py"]
     command += [f"--json={out}", "--config.grpo.compaction=0"]
-    one_device = os.environ | {"XLA_FLAGS": "", "R1RE_KEEP_PROGRAMS": "0"}
+    one_device = os.environ | {"XLA_FLAGS": xla_flags(1), "R1RE_KEEP_PROGRAMS": "0"}
     options = {"capture_output": True, "text": True, "cwd": ROOT, "env": one_device}
     result = subprocess.run(command, check=False, **options)
     assert result.returncode == 0, result.stderr

@@ -18,6 +18,7 @@ from r1re_jax.model import hf
 from r1re_jax.model.config import PRESETS, ModelConfig
 from r1re_jax.model.names import BY_OURS, Form
 from r1re_jax.model.qwen import abstract_qwen
+from tests.simulated import xla_flags
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 CONFIG = PRESETS["qwen2.5-1.5b"]
@@ -60,7 +61,7 @@ def test_import_needs_the_shards_and_two_tensors(
     process = subprocess.run(
         [sys.executable, "-m", "tests.model.import_memory", str(checkpoint), dtype],
         cwd=ROOT,
-        env={**os.environ, "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}"},
+        env={**os.environ, "XLA_FLAGS": xla_flags(devices)},
         capture_output=True,
         text=True,
         check=True,

@@ -15,6 +15,7 @@ import pytest
 from r1re_jax import files, hosts
 from r1re_jax.files import place
 from tests.fake_gcs import FakeGCS
+from tests.simulated import xla_flags
 
 ROOT = pathlib.Path(__file__).parents[2]
 # Three steps with an evaluation, of a policy whose rewards differ, for eight devices.
@@ -57,7 +58,7 @@ def start(
 
 def devices(count: int) -> dict[str, str]:
     """Return what makes a process see so many devices."""
-    return {"XLA_FLAGS": f"--xla_force_host_platform_device_count={count}"}
+    return {"XLA_FLAGS": xla_flags(count)}
 
 
 def two(address: str, number: int, **more: str) -> dict[str, str]:

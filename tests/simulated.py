@@ -1,9 +1,10 @@
 """XLA_FLAGS of the processes that run tests: simulated devices, and programs compiled fast."""
 
-# Most of the suite's time is XLA compiling programs that then run for moments. Without LLVM's
-# optimisation and the MLIR emitters of fusions it takes a fifth of the time, and a test of what a
-# program computes loses nothing by it. tests/docs runs README's commands as users compile them.
-_FAST = ("--xla_backend_optimization_level=0", "--xla_cpu_use_fusion_emitters=false")
+# Most of the suite's time is XLA compiling programs that then run for moments. Less of LLVM's
+# optimisation and no MLIR emitters take a third off, and a test of what a program computes loses
+# nothing by it (level 0 compiles faster still, but a real policy then decodes for minutes).
+# tests/docs runs README's commands as users compile them.
+_FAST = ("--xla_backend_optimization_level=1", "--xla_cpu_use_fusion_emitters=false")
 
 
 def xla_flags(devices: int, given: str = "") -> str:

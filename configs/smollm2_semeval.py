@@ -15,7 +15,7 @@ from configs import arguments
 
 SMOKE = {
     **{"sft.steps": 1, "grpo.steps": 1, "grpo.questions": 2, "grpo.group": 2},
-    **{"data.eval.test.limit": 4, "evaluate.samples": 1},
+    **{"data.eval.test.limit": 4, "evaluate.samples": 1, "evaluate.greedy": False},
 }
 
 

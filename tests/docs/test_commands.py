@@ -18,10 +18,10 @@ from tests.simulated import xla_flags
 
 LIBTPU = ROOT / ".cache" / "tpu"
 OWN_DATA = "docs/own_data.md"
-# A short run on every device of a slice.
+# A run of one phase on every device of a slice; tests/launch/test_tpu.py compiles GRPO for some.
 SLICE = (
-    "--config.mesh.fsdp=-1 --config.grpo.questions=64"
-    " --config.grpo.compaction=0 --config.evaluate.samples=0"
+    "--config.mesh.fsdp=-1 --config.grpo.steps=0 --config.sft.steps=1"
+    " --config.sft.questions=64 --config.evaluate.samples=0"
 )
 WITH_COMMANDS = [page for page in PAGES if any(block.mark for block in blocks(page))]
 

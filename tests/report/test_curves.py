@@ -37,6 +37,17 @@ def test_the_loss_shown_is_of_the_warm_start_alone(workdir: pathlib.Path) -> Non
     np.testing.assert_allclose(line.get_ydata(), [1, 1 / 2, 1 / 3, 1 / 4])
 
 
+def test_small_figures_leave_the_place_above_the_axis_free(tmp_path: pathlib.Path) -> None:
+    """It is where the end of the warm start is named."""
+    rows = [{"step": step, "phase": "grpo", "kl": step * 1e-5} for step in (1, 2, 3)]
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    ((_, figure),) = draw_curves(read_history(tmp_path))
+    figure.draw_without_rendering()
+    (axes,) = figure.axes
+    assert axes.yaxis.get_offset_text().get_text() == ""
+    assert "1e−05" in [label.get_text() for label in axes.get_yticklabels()]
+
+
 def test_equal_runs_give_equal_pictures(workdir: pathlib.Path) -> None:
     history = read_history(workdir)
     first, second = (png(next(draw_curves(history))[1]) for _ in range(2))

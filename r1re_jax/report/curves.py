@@ -176,7 +176,7 @@ def _finish(axes: Axes, history: History, panel: Panel) -> None:
     if panel.fraction:
         axes.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
         axes.set_ylim(0, 1.02)
-    else:  # whole numbers: no power of ten above the axis, where GRPO may stand
+    else:  # each figure by itself: no power of ten above the axis, where GRPO may stand
         axes.yaxis.set_major_formatter("{x:.6g}")
     last = axes.dataLim.x1
     if 0 < history.sft_steps < last:

@@ -9,7 +9,7 @@ from collections.abc import Callable, Generator, Iterator
 
 from run.programs import machine
 from tests.fake_gcs import FakeGCS
-from tests.simulated import xla_flags
+from tests.simulated import first_flags
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 CACHE = ROOT / ".cache"
@@ -21,7 +21,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("MPLBACKEND", "Agg")
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(CACHE / "jax" / machine()))
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.05")
-os.environ["XLA_FLAGS"] = xla_flags(8, given=os.environ.get("XLA_FLAGS", ""))
+os.environ["XLA_FLAGS"] = first_flags(devices=8)
 
 import hypothesis  # noqa: E402
 import jax  # noqa: E402
